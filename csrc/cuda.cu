@@ -1,0 +1,453 @@
+// The operator on NVIDIA GPUs (Eqs. 5-10, 12-13). The algorithm and why it is safe: goca.h. No torch here: nvcc alone
+// compiles this file, and tests/cuda_on_cpu.h runs it without a GPU.
+//
+// Assignment. The rounds are a sequence of small phases, each a function over all problems and chunks of CUDA_CHUNK = 8
+// rows. In the column phases a thread owns columns and walks down the chunk's rows, so that loads are coalesced; in
+// `sweep` a warp first owns a row and sums it for u_i, and then threads own columns again for the next round's sums,
+// the chunk still in the first-level cache. Partial column sums are joined in a fixed order, in double, without
+// atomics: runs repeat bit for bit. At the method's sizes (four problems of 640 x 1000: 10 MB) launches cost more than
+// arithmetic. So where E and the scores fit in the L2 cache, all phases run in one cooperative launch with barriers
+// across the grid; beyond, each phase is a launch of its own (`each_phase` is the one sequence for both). Nothing is
+// read through the read-only cache that another block writes.
+//
+// Loss. A block owns a sample of one view, its warps the crops. Targets are formed once in shared memory where they
+// fit. Two passes over a row: max and sums, then the gradient, the exponential being cheaper than a store.
+//
+// Types: sums within a row in T, across rows and chunks in double. Sizes and indices are 64 bit.
+#include "cuda.h"
+
+#include <cooperative_groups.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+namespace goca::cuda {
+namespace {
+
+constexpr int THREADS = 256, WARP = 32, WARPS = THREADS / WARP;
+constexpr int64_t MOST_BLOCKS = 1 << 20;       // a launch takes more by strides
+constexpr size_t TARGETS_IN_SHARED = 48 << 10;  // bytes that every card grants a block
+constexpr int MOST_DEVICES = 64;
+constexpr unsigned ALL_LANES = 0xffffffff;
+
+static_assert(WARPS == CUDA_CHUNK, "in a sweep each warp owns one row of the chunk");
+
+#ifndef GOCA_EMULATED
+template <typename T>
+__device__ T* shared_memory() {
+  extern __shared__ double bytes[];
+  return reinterpret_cast<T*>(bytes);
+}
+#endif
+
+__device__ inline float power(float t) { return exp2f(t); }
+__device__ inline double power(double t) { return exp2(t); }
+
+template <typename T>
+__device__ T larger(T a, T b) {
+  return a > b ? a : b;
+}
+
+template <typename T>
+__device__ T warp_sum(T x) {
+  for (int offset = WARP / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(ALL_LANES, x, offset);
+  return x;
+}
+
+template <typename T>
+__device__ T warp_max(T x) {
+  for (int offset = WARP / 2; offset > 0; offset /= 2) x = larger(__shfl_xor_sync(ALL_LANES, x, offset), x);
+  return x;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Assignment: the phases
+// ---------------------------------------------------------------------------------------------------------------------
+template <typename T>
+struct Row {  // row i of problem b
+  const T *S, *X;
+  T *E, *f, *u;
+};
+
+template <typename T>
+__device__ Row<T> row_of(const Problems<T>& g, const Weights<T>& w, int64_t b, int64_t i) {
+  const int64_t row = b * g.a.M + i;
+  return {g.scores(b, i), w.prior ? g.prior(b, i) : nullptr, g.s.E + row * g.a.N, g.s.f + row, g.s.u + row};
+}
+
+// x_ij + shift
+template <typename T>
+__device__ T exponent(const Weights<T>& w, const Row<T>& row, int64_t j, T shift) {
+  return row.X ? w.p * row.S[j] + (w.q * row.X[j] + shift) : w.p * row.S[j] + shift;
+}
+
+// partial_j = max_i x_ij over the chunk
+template <typename T>
+__device__ void column_max(const Problems<T>& g, const Weights<T>& w) {
+  for (int64_t item = blockIdx.x; item < g.count() * g.s.chunks; item += gridDim.x) {
+    const int64_t b = item / g.s.chunks, first = item % g.s.chunks * CUDA_CHUNK;
+    const int rows = g.a.M - first < CUDA_CHUNK ? g.a.M - first : CUDA_CHUNK;
+    for (int64_t j = threadIdx.x; j < g.a.N; j += THREADS) {
+      T top = -INFINITY;
+      for (int k = 0; k < rows; ++k) {
+        const Row<T> row = row_of(g, w, b, first + k);
+        top = larger(exponent(w, row, j, *row.f), top);
+      }
+      g.s.partial[item * g.a.N + j] = top;
+    }
+  }
+}
+
+// E_ij = exp2(x_ij - c_j), partial_j = sum_i E_ij over the chunk
+template <typename T>
+__device__ void exponentiate(const Problems<T>& g, const Weights<T>& w) {
+  for (int64_t item = blockIdx.x; item < g.count() * g.s.chunks; item += gridDim.x) {
+    const int64_t b = item / g.s.chunks, first = item % g.s.chunks * CUDA_CHUNK;
+    const int rows = g.a.M - first < CUDA_CHUNK ? g.a.M - first : CUDA_CHUNK;
+    for (int64_t j = threadIdx.x; j < g.a.N; j += THREADS) {
+      const T c = g.s.c[b * g.a.N + j];
+      T sum = 0;
+      for (int k = 0; k < rows; ++k) {
+        const Row<T> row = row_of(g, w, b, first + k);
+        const T e = power(exponent(w, row, j, *row.f - c));
+        row.E[j] = e;
+        sum += e;
+      }
+      g.s.partial[item * g.a.N + j] = sum;
+    }
+  }
+}
+
+// Over all chunks: c_j = max partial_j, or v_j = 1 / sum partial_j. Warps take chunks in turn, lanes columns.
+template <bool MAX, typename T>
+__device__ void combine(const Problems<T>& g) {
+  double* parts = shared_memory<double>();  // [WARPS, WARP]
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const int64_t columns = g.count() * g.a.N, N = g.a.N;
+  for (int64_t group = blockIdx.x; group * WARP < columns; group += gridDim.x) {
+    const int64_t bj = group * WARP + lane;
+    double x = MAX ? -INFINITY : 0;
+    if (bj < columns) {
+      const T* column = g.s.partial + bj / N * g.s.chunks * N + bj % N;
+      for (int64_t k = warp; k < g.s.chunks; k += WARPS) x = MAX ? larger(double(column[k * N]), x) : x + column[k * N];
+    }
+    parts[threadIdx.x] = x;
+    __syncthreads();
+    if (warp == 0 && bj < columns) {
+      for (int k = 1; k < WARPS; ++k) x = MAX ? larger(parts[k * WARP + lane], x) : x + parts[k * WARP + lane];
+      if (MAX) {
+        g.s.c[bj] = T(x);
+      } else {
+        g.s.v[bj] = T(1 / x);
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// u_i = 1 / sum_j E_ij v_j, a row that vanishes being rebuilt first; partial_j = sum_i u_i E_ij over the chunk.
+// At the end of a group f_i takes log2 u_i.
+template <typename T>
+__device__ void sweep(const Problems<T>& g, const Weights<T>& w, bool end_of_group) {
+  T* u = shared_memory<T>();  // [CUDA_CHUNK]
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const int64_t N = g.a.N;
+  for (int64_t item = blockIdx.x; item < g.count() * g.s.chunks; item += gridDim.x) {
+    const int64_t b = item / g.s.chunks, first = item % g.s.chunks * CUDA_CHUNK;
+    const int rows = g.a.M - first < CUDA_CHUNK ? g.a.M - first : CUDA_CHUNK;
+    const T *v = g.s.v + b * N, *c = g.s.c + b * N;
+    if (warp < rows) {
+      const Row<T> row = row_of(g, w, b, first + warp);
+      T sum = 0, f = *row.f;
+      for (int64_t j = lane; j < N; j += WARP) sum += row.E[j] * v[j];
+      sum = warp_sum(sum);
+      if (sum < T(REBUILD)) {
+        T top = -INFINITY;
+        for (int64_t j = lane; j < N; j += WARP) top = larger(exponent(w, row, j, f - c[j]), top);
+        f -= warp_max(top);
+        sum = 0;
+        for (int64_t j = lane; j < N; j += WARP) {
+          const T e = power(exponent(w, row, j, f - c[j]));
+          row.E[j] = e;
+          sum += e * v[j];
+        }
+        sum = warp_sum(sum);
+      }
+      if (lane == 0) {
+        *row.u = u[warp] = 1 / sum;
+        *row.f = end_of_group ? f + log2(1 / sum) : f;
+      }
+    }
+    __syncthreads();
+    for (int64_t j = threadIdx.x; j < N; j += THREADS) {
+      T sum = 0;
+      for (int k = 0; k < rows; ++k) sum += u[k] * g.s.E[(b * g.a.M + first + k) * N + j];
+      g.s.partial[item * N + j] = sum;
+    }
+    __syncthreads();
+  }
+}
+
+// Eqs. 6, 7: each view starts from r times the other's row potential. w: of the pass to come.
+template <typename T>
+__device__ void exchange(const Problems<T>& g, const Weights<T>& w) {
+  const int64_t half = g.a.crops * g.a.M;
+  T *rgb = g.s.f, *flow = rgb + half;
+  for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < half; i += int64_t(gridDim.x) * THREADS) {
+    const T other = flow[i];
+    flow[i] = w.r * rgb[i];
+    rgb[i] = w.r * other;
+  }
+}
+
+// E_ij = log D_ij = ln 2 (x_ij - c_j + log2 v_j), f_i being complete
+template <typename T>
+__device__ void take_log(const Problems<T>& g, const Weights<T>& w) {
+  for (int64_t item = blockIdx.x; item < g.count() * g.s.chunks; item += gridDim.x) {
+    const int64_t b = item / g.s.chunks, first = item % g.s.chunks * CUDA_CHUNK;
+    const int rows = g.a.M - first < CUDA_CHUNK ? g.a.M - first : CUDA_CHUNK;
+    for (int64_t j = threadIdx.x; j < g.a.N; j += THREADS) {
+      const T shift = log2(g.s.v[b * g.a.N + j]) - g.s.c[b * g.a.N + j];
+      for (int k = 0; k < rows; ++k) {
+        const Row<T> row = row_of(g, w, b, first + k);
+        row.E[j] = T(LN2) * exponent(w, row, j, *row.f + shift);
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Assignment: the sequence, as one launch or as many
+// ---------------------------------------------------------------------------------------------------------------------
+enum class Phase { column_max, combine_max, exponentiate, combine_sum, sweep, sweep_and_end, exchange, take_log };
+
+template <typename T>
+__device__ void do_phase(Phase phase, const Problems<T>& g, const Weights<T>& w) {
+  switch (phase) {
+    case Phase::column_max: return column_max(g, w);
+    case Phase::combine_max: return combine<true>(g);
+    case Phase::exponentiate: return exponentiate(g, w);
+    case Phase::combine_sum: return combine<false>(g);
+    case Phase::sweep: return sweep(g, w, false);
+    case Phase::sweep_and_end: return sweep(g, w, true);
+    case Phase::exchange: return exchange(g, w);
+    case Phase::take_log: return take_log(g, w);
+  }
+}
+
+// Calls run(phase, weights) for a whole assignment; s.f must be zero. (The pragma: run belongs to the host or the
+// device.)
+#pragma nv_exec_check_disable
+template <typename T, typename Run>
+BOTH void each_phase(const AssignArgs<T>& a, const Run& run) {
+  for (int pass = a.guided ? 0 : 1; pass < 2; ++pass) {
+    const Weights<T> w = pass == 0 ? unguided(a) : final_weights(a);
+    if (a.guided && pass == 1) run(Phase::exchange, w);
+    for (int64_t round = 0; round < a.iters; ++round) {
+      if (round % GROUP == 0) {
+        run(Phase::column_max, w);
+        run(Phase::combine_max, w);
+        run(Phase::exponentiate, w);
+      }
+      run(Phase::combine_sum, w);  // prototypes
+      const bool end = round % GROUP == GROUP - 1 || round == a.iters - 1;
+      run(end ? Phase::sweep_and_end : Phase::sweep, w);  // samples
+    }
+  }
+}
+
+template <typename T>
+struct PhaseThenBarrier {
+  const Problems<T>& g;
+  __device__ void operator()(Phase phase, const Weights<T>& w) const {
+    do_phase(phase, g, w);
+    cooperative_groups::this_grid().sync();
+  }
+};
+
+template <typename T>  // 2 blocks a processor: 128 registers a thread, which is enough to spill none
+__global__ void __launch_bounds__(THREADS, 2) one_launch(const __grid_constant__ Problems<T> g) {
+  each_phase(g.a, PhaseThenBarrier<T>{g});
+}
+
+template <typename T>
+__global__ void __launch_bounds__(THREADS) one_phase(Phase phase, const __grid_constant__ Problems<T> g, Weights<T> w) {
+  do_phase(phase, g, w);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Loss and gradient
+// ---------------------------------------------------------------------------------------------------------------------
+// D_j of assigning crop k for sample i of a view
+template <typename T>
+__device__ T target(const LossArgs<T>& a, int64_t view, int64_t k, int64_t i, int64_t j) {
+  if (a.log_targets.data) {
+    const Stack<T>& t = a.log_targets;
+    return power(T(LOG2E) * t.data[view * t.view + k * t.crop + i * t.row + j]);
+  }
+  const int64_t b = view * a.assigning + k, row = b * a.M + a.first_row + i;
+  return a.solved.u[row] * a.solved.E[row * a.N + j] * a.solved.v[b * a.N + j];
+}
+
+// As in cpu.cpp: with t = sum of D over the assigning crops but this one,
+//   loss += sum(t) (max / tau + log sum exp((S - max) / tau)) - <t, S> / tau,   dloss/dS = (sum(t) softmax - t) / tau
+template <typename T>
+__global__ void __launch_bounds__(THREADS) sample_loss(LossArgs<T> a, bool in_shared) {
+  double* crop_terms = shared_memory<double>();             // [crops]
+  T* targets = reinterpret_cast<T*>(crop_terms + a.crops);  // [assigning, N] if in_shared
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+  const int64_t N = a.N, A = a.assigning;
+  const T scale = T(LOG2E * a.inverse_temperature), gradient_scale = T(a.weight * a.inverse_temperature);
+  for (int64_t item = blockIdx.x; item < a.views * a.m; item += gridDim.x) {
+    const int64_t view = item / a.m, i = item % a.m;
+    if (in_shared) {
+      for (int64_t k = 0; k < A; ++k) {
+        for (int64_t j = threadIdx.x; j < N; j += blockDim.x) targets[k * N + j] = target(a, view, k, i, j);
+      }
+      __syncthreads();
+    }
+    for (int64_t crop = warp; crop < a.crops; crop += warps) {
+      const T* S = a.scores.data + view * a.scores.view + crop * a.scores.crop + i * a.scores.row;
+      const auto t_of = [&](int64_t j) {  // the sum over the other assigning crops
+        T t = 0;
+        for (int64_t k = 0; k < A; ++k) {
+          if (k != crop) t += in_shared ? targets[k * N + j] : target(a, view, k, i, j);
+        }
+        return t;
+      };
+      T top = -INFINITY, sum = 0, mass = 0, distance = 0;  // distance: <t, max - S>
+      for (int64_t j = lane; j < N; j += WARP) top = larger(S[j], top);
+      top = warp_max(top);
+      for (int64_t j = lane; j < N; j += WARP) {
+        const T below = S[j] - top, t = t_of(j);
+        sum += power(scale * below);
+        mass += t;
+        distance -= t * below;
+      }
+      sum = warp_sum(sum), mass = warp_sum(mass), distance = warp_sum(distance);
+      if (a.gradient) {
+        T* g = a.gradient + ((view * a.crops + crop) * a.m + i) * N;
+        const T softmax = gradient_scale * mass / sum;
+        for (int64_t j = lane; j < N; j += WARP) {
+          g[j] = softmax * power(scale * (S[j] - top)) - gradient_scale * t_of(j);
+        }
+      }
+      if (lane == 0) crop_terms[crop] = double(mass) * log(double(sum)) + double(distance) * a.inverse_temperature;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      double loss = 0;
+      for (int64_t crop = 0; crop < a.crops; ++crop) loss += crop_terms[crop];
+      a.terms[item] = loss * a.weight;
+    }
+    __syncthreads();
+  }
+}
+
+// One block: the samples' parts in a fixed order.
+template <typename T>
+__global__ void __launch_bounds__(THREADS) total_loss(LossArgs<T> a) {
+  double* parts = shared_memory<double>();  // [THREADS]
+  double sum = 0;
+  for (int64_t item = threadIdx.x; item < a.views * a.m; item += THREADS) sum += a.terms[item];
+  parts[threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int k = 1; k < THREADS; ++k) sum += parts[k];
+    *a.loss = T(sum);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Host side
+// ---------------------------------------------------------------------------------------------------------------------
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("goca: ") + what + ": " + cudaGetErrorString(error));
+}
+
+template <typename... Args>
+void launch(const char* name, void (*kernel)(Args...), bool cooperative, int64_t blocks, int threads, size_t shared,
+            cudaStream_t stream, Args... args) {
+  void* pointers[] = {&args...};
+  const dim3 grid(static_cast<unsigned>(std::min(blocks, MOST_BLOCKS))), block(static_cast<unsigned>(threads));
+  check(cooperative ? cudaLaunchCooperativeKernel(kernel, grid, block, pointers, shared, stream)
+                    : cudaLaunchKernel(kernel, grid, block, pointers, shared, stream),
+        name);
+}
+
+constexpr size_t PHASE_SHARED = THREADS * sizeof(double);
+
+struct Card {
+  std::atomic<int64_t> l2_bytes{0}, blocks{0};  // blocks that run at once: the most a barrier across the grid allows
+};
+
+// Asked once a device and type: the answers never change.
+template <typename T>
+const Card& card() {
+  static Card cards[MOST_DEVICES];
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  Card& card = cards[device % MOST_DEVICES];
+  if (card.l2_bytes.load() == 0) {
+    int l2 = 0, processors = 0, each = 0, cooperative = 0;
+    check(cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device), "L2 size");
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
+    check(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device), "cooperative launch");
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, one_launch<T>, THREADS, PHASE_SHARED), "occupancy");
+    card.blocks = cooperative ? int64_t(each) * processors : 0;
+    card.l2_bytes = std::max(l2, 1);
+  }
+  return card;
+}
+
+template <typename T>
+int64_t items(const AssignArgs<T>& a, const Solved<T>& s) {
+  return std::max(a.views * a.crops * s.chunks, (a.views * a.crops * a.N + WARP - 1) / WARP);
+}
+
+}  // namespace
+
+template <typename T>
+void solve(const AssignArgs<T>& a, const Solved<T>& s, cudaStream_t stream) {
+  const int64_t B = a.views * a.crops, bytes = 2 * B * a.M * a.N * int64_t(sizeof(T));  // E and the scores
+  check(cudaMemsetAsync(s.f, 0, B * a.M * sizeof(T), stream), "clearing f");
+  const Card& here = card<T>();
+  const Problems<T> g{a, s};
+  if (here.blocks > 0 && bytes <= here.l2_bytes) {
+    const int64_t blocks = std::min<int64_t>(items(a, s), here.blocks);
+    launch("one_launch", one_launch<T>, true, blocks, THREADS, PHASE_SHARED, stream, g);
+  } else {
+    each_phase(a, [&](Phase phase, const Weights<T>& w) {
+      launch("one_phase", one_phase<T>, false, items(a, s), THREADS, PHASE_SHARED, stream, phase, g, w);
+    });
+  }
+}
+
+template <typename T>
+void log_assignment(const AssignArgs<T>& a, const Solved<T>& s, cudaStream_t stream) {
+  const Problems<T> g{a, s};
+  launch("take_log", one_phase<T>, false, items(a, s), THREADS, PHASE_SHARED, stream, Phase::take_log, g,
+         final_weights(a));
+}
+
+template <typename T>
+void swapped_loss(const LossArgs<T>& a, cudaStream_t stream) {
+  const size_t terms = a.crops * sizeof(double), targets = a.assigning * a.N * sizeof(T);
+  const bool in_shared = terms + targets <= TARGETS_IN_SHARED;
+  const int threads = WARP * static_cast<int>(std::min<int64_t>(a.crops, WARPS));
+  const size_t shared = terms + (in_shared ? targets : 0);
+  launch("sample_loss", sample_loss<T>, false, a.views * a.m, threads, shared, stream, a, in_shared);
+  launch("total_loss", total_loss<T>, false, 1, THREADS, PHASE_SHARED, stream, a);
+}
+
+#define INSTANTIATE(T)                                                                   \
+  template void solve<T>(const AssignArgs<T>&, const Solved<T>&, cudaStream_t);          \
+  template void log_assignment<T>(const AssignArgs<T>&, const Solved<T>&, cudaStream_t); \
+  template void swapped_loss<T>(const LossArgs<T>&, cudaStream_t);
+INSTANTIATE(float)
+INSTANTIATE(double)
+
+}  // namespace goca::cuda

@@ -1,0 +1,191 @@
+"""Every picture, drawn from files that the stages wrote.
+
+    python -m experiments.figures prototypes --prototypes prototypes.npz --out figure3.png
+    python -m experiments.figures training   --run RUN [--run RUN ...] --out training.png
+    python -m experiments.figures retrieval  --json retrieval.json [--versus other.json] --out figure4.png
+
+prototypes: Fig. 3, t-SNE of the prototypes before (random) and after Eq. 11, and the cosine of each to its nearest.
+training: the curves of one or several RUN/log.jsonl. retrieval: Fig. 4, queries with their nearest videos, right and
+wrong ones framed green and red; with --versus the same queries answered by another network.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+import data
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+RIGHT, WRONG = "#2a9d3a", "#c62828"
+
+
+def save(figure, path):
+    """Write a figure under a temporary name, then rename it."""
+    with data.atomic(path) as tmp:
+        figure.savefig(tmp, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    print(f"written: {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fig. 3
+# ---------------------------------------------------------------------------------------------------------------------
+def prototypes(args):
+    """t-SNE and nearest-neighbour cosines of random and of fitted prototypes."""
+    from sklearn.manifold import TSNE  # here: its import takes longer than the other figures
+
+    _, arrays = data.load_arrays(args.prototypes, "prototypes", "python prototypes.py --out FILE")
+    fitted = arrays["prototypes"]
+    n, d = fitted.shape
+    random = np.random.default_rng(0).standard_normal((n, d))
+    random /= np.linalg.norm(random, axis=1, keepdims=True)
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
+    for axis, points, name in ((axes[0], random, "random"), (axes[1], fitted, "after Eq. 11")):
+        at = TSNE(init="random", perplexity=min(30, (n - 1) / 3), random_state=0).fit_transform(points)
+        axis.scatter(*at.T, s=6, color="#30506f")
+        axis.set(title=f"{n} prototypes in {d}-d, {name} (t-SNE)", xticks=[], yticks=[])
+        axis.set_aspect("equal")
+        gram = points @ points.T
+        np.fill_diagonal(gram, -2)
+        nearest = gram.max(1)
+        axes[2].hist(nearest, bins=40, alpha=0.7, label=f"{name}: mean {nearest.mean():.4f}, max {nearest.max():.4f}")
+    axes[2].set(title="cosine of each prototype to its nearest", xlabel="cosine", ylabel="prototypes")
+    axes[2].legend()
+    save(figure, args.out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training curves
+# ---------------------------------------------------------------------------------------------------------------------
+CURVES = {"loss": "loss", "entropy": "entropy of an assignment (nats)", "prototypes_in_use": "prototypes in use",
+          "views_agree": "views agree (share of samples)", "lr": "learning rate", "data_wait": "share of time waiting"}
+
+
+def read_log(run):
+    """RUN/log.jsonl -> (first line, lines with a loss). Raises BadInput if there is none."""
+    path = Path(run) / "log.jsonl"
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    except FileNotFoundError:
+        raise data.BadInput(f"{path} doesn't exist; --run takes a folder that pretrain.py wrote") from None
+    except ValueError as e:
+        raise data.BadInput(f"{path} is damaged ({e})") from e
+    steps = [line for line in lines if "loss" in line]
+    if not steps:
+        raise data.BadInput(f"{path} holds no step yet")
+    return lines[0], steps
+
+
+def training(args):
+    """Six curves of each run's log over its epochs."""
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5))
+    for run in args.run:
+        first, steps = read_log(run)
+        label = f"{Path(run).name} ({first['settings']['method']})"
+        for axis, key in zip(axes.flat, CURVES, strict=True):
+            points = [(s["epoch"], s[key]) for s in steps if key in s]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label)
+        for axis in axes.flat[:2]:
+            axis.axhline(first["ln_n"], color="grey", lw=0.8, ls=":")
+    for axis, title in zip(axes.flat, CURVES.values(), strict=True):
+        axis.set(title=title, xlabel="epoch")
+    for axis in axes.flat[:2]:
+        axis.annotate("ln N", (0, first["ln_n"]), color="grey", va="bottom")
+    axes[0, 0].legend()
+    figure.tight_layout()
+    save(figure, args.out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fig. 4
+# ---------------------------------------------------------------------------------------------------------------------
+def middle_frame(path):
+    """The middle one of the frames that decode, RGB."""
+    frames = list(data.decode(path))
+    return frames[len(frames) // 2][..., ::-1]
+
+
+def load_retrieval(path):
+    try:
+        out = json.loads(Path(path).read_text())
+        out["neighbours"], out["queries"], out["gallery"], out["classes"], out["protocol"]
+        return out
+    except FileNotFoundError:
+        raise data.BadInput(f"{path} doesn't exist; make it with: python evaluate.py retrieval --json FILE") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise data.BadInput(f"{path} is no result of: python evaluate.py retrieval --json ({e})") from e
+
+
+def tile(axis, video, classes, colour):
+    axis.imshow(middle_frame(video["path"]))
+    axis.set(xticks=[], yticks=[])
+    axis.set_xlabel(classes[video["label"]], fontsize=8, color=colour)
+    for side in axis.spines.values():
+        side.set(color=colour, linewidth=3)
+
+
+def retrieval(args):
+    """Rows: queries of different classes. Columns: the query, then each network's nearest videos."""
+    results = [load_retrieval(f) for f in (args.json, args.versus) if f]
+    for r in results:
+        if args.view not in r["neighbours"]:
+            raise data.BadInput(f"there is no view {args.view} in it; it holds {', '.join(r['neighbours'])}")
+        if [q["path"] for q in r["queries"]] != [q["path"] for q in results[0]["queries"]]:
+            raise data.BadInput(f"{args.json} and {args.versus} answer different queries")
+    queries, classes = results[0]["queries"], results[0]["classes"]
+    by_class = {}
+    for i in np.random.default_rng(args.seed).permutation(len(queries)):  # chance decides, not the outcome
+        by_class.setdefault(queries[i]["label"], int(i))
+    rows = [by_class[c] for c in sorted(by_class)][:args.rows]
+    k = min(args.neighbours, len(results[0]["neighbours"][args.view][0]))
+    columns = 1 + len(results) * (k + 1)
+    figure, axes = plt.subplots(len(rows), columns, figsize=(1.15 * columns, 1.35 * len(rows)), squeeze=False,
+                                gridspec_kw={"width_ratios": [1] + ([0.25] + [1] * k) * len(results)})
+    for line, i in zip(axes, rows, strict=True):
+        tile(line[0], queries[i], classes, "black")
+        for b, r in enumerate(results):
+            at = 1 + b * (k + 1)
+            line[at].axis("off")
+            for axis, j in zip(line[at + 1:], r["neighbours"][args.view][i][:k], strict=False):
+                video = r["gallery"][j]
+                tile(axis, video, classes, RIGHT if video["label"] == queries[i]["label"] else WRONG)
+    axes[0, 0].set_title("query", fontsize=9)
+    for b, r in enumerate(results):
+        p = r["protocol"]
+        axes[0, 2 + b * (k + 1)].set_title(f"{p['method']}, {args.view}: R@1 {r['results'][args.view]['R@1']:.1f}",
+                                           fontsize=9, loc="left")
+    save(figure, args.out)
+
+
+def main():
+    p = argparse.ArgumentParser(description="Draw figures from the files that the stages wrote.")
+    commands = p.add_subparsers(dest="command", required=True)
+    c = commands.add_parser("prototypes", help="Fig. 3")
+    c.add_argument("--prototypes", required=True)
+    c.set_defaults(draw=prototypes)
+    c = commands.add_parser("training", help="curves of log.jsonl")
+    c.add_argument("--run", action="append", required=True, help="folder of a run; may be repeated")
+    c.set_defaults(draw=training)
+    c = commands.add_parser("retrieval", help="Fig. 4")
+    c.add_argument("--json", required=True, help="result of evaluate.py retrieval")
+    c.add_argument("--versus", help="another network's result on the same queries")
+    c.add_argument("--view", default="rgb", choices=("rgb", "flow", "rgb+flow"))
+    c.add_argument("--rows", type=int, default=10, help="queries, one a class")
+    c.add_argument("--neighbours", type=int, default=5)
+    c.add_argument("--seed", type=int, default=0, help="of the choice of queries")
+    c.set_defaults(draw=retrieval)
+    for c in commands.choices.values():
+        c.add_argument("--out", required=True, help="picture to write")
+    args = p.parse_args()
+    args.draw(args)
+    return 0
+
+
+if __name__ == "__main__":
+    data.command_line(main)

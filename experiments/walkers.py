@@ -1,0 +1,509 @@
+"""A generated data set: films of articulated figures whose actions differ by motion alone (paper section 1, Fig. 1).
+
+After Johansson's walkers (the paper's reference for "motion alone suffices"): ten actions by one jointed figure. Body,
+clothes, viewpoint, place, scale, left or right, resting posture, speed, phase, background and camera are drawn
+independently of the action, and single poses are shared between actions: a raised arm may wave, or just be raised.
+The background is textured and shakes with the camera, so appearance pulls RGB astray, as in the paper's Fig. 1.
+
+In   nothing but a seed. Clip i of a subset follows from (seed, subset, i) and does not depend on how many are made.
+Out  DIR/videos/<Action>/v_<Action>_g<subject>_c<clip>.avi   motion JPEG, colour, UCF101's layout
+     DIR/splits/classInd.txt, trainlist01.txt, testlist01.txt    UCF101's split files
+     DIR/walkers.json                                        the settings; an existing set is reused if they agree
+A subject (group) has its own body and clothes and performs every action twice. Odd subjects train, even ones test.
+
+    python -m experiments.walkers --out demo/walkers                 400 + 200 clips of 64 px, 18 frames
+    python -m experiments.walkers --out demo/walkers --baselines     what trivial baselines score on it
+    python -m experiments.walkers --out demo/walkers --sheet sheet.png
+
+About 50 ms a film of 64 px on one core, 250 ms of 256 px. The set is no part of the paper.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from data import BadInput, atomic, command_line, decode
+
+VERSION = 1
+SETTINGS = {"train": 400, "test": 200, "size": 64, "frames": 18, "seed": 0, "fps": 25}
+# Seconds that one period lasts before the clip's own speed (x 0.77 to 1.3) is applied.
+PERIODS = {"Walk": 0.72, "Run": 0.64, "Jump": 0.60, "WaveOne": 0.54, "WaveBoth": 0.56, "JumpingJack": 0.84,
+           "Bend": 0.80, "Kick": 0.74, "Turn": 1.05, "Squat": 0.74}
+ACTIONS = tuple(PERIODS)
+CLIPS_PER_SUBJECT = 2  # of each action
+SUBSETS = ("train", "test")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Motion: angles of the joints over time
+# ---------------------------------------------------------------------------------------------------------------------
+# A limb has four angles in degrees: (forward, outward) of its upper part, then of its lower part. Zero hangs down.
+# A pose over T frames: arms, legs [2, T, 4] (left, right); body [T, 4]: pitch and roll of the trunk, hop (in body
+# heights), heading.
+RESTING_ARMS = np.array([
+    (5, 8, 15, 6), (-20, 45, 0, -45), (0, 85, 0, 85), (80, 10, 90, 5), (0, 160, 0, 172), (0, 90, 0, 165),
+    (30, 15, 80, -45), (-35, 10, -25, 8)], dtype=float)
+RESTING_LEGS = np.array([
+    [(0, 3, 0, 3), (0, 3, 0, 3)], [(0, 18, 0, 18), (0, 18, 0, 18)], [(26, 4, 22, 4), (-18, 4, -34, 4)],
+    [(40, 8, -30, 8), (40, 8, -30, 8)], [(65, 6, -15, 6), (0, 3, 0, 3)]], dtype=float)
+
+
+def rest(t, rng):
+    """A posture drawn at random, held with a little sway at the times t (seconds) -> arms, legs, body."""
+    arms = RESTING_ARMS[rng.integers(len(RESTING_ARMS), size=2)] + rng.normal(0, 8, (2, 4))
+    legs = RESTING_LEGS[rng.integers(len(RESTING_LEGS))][:: rng.choice([-1, 1])] + rng.normal(0, 3, (2, 4))
+    body = np.array([rng.uniform(-5, 25), rng.normal(0, 5), 0, rng.uniform(25, 60) + 90 * rng.integers(4)])
+    sway = rng.uniform(0, 3, 20) * np.sin(2 * np.pi * (t[:, None] / rng.uniform(0.8, 1.6, 20) + rng.random(20)))
+    pose = np.concatenate([arms.ravel(), legs.ravel(), body]) + sway * (np.arange(20) != 18)
+    arms, legs = np.moveaxis(pose[:, :16].reshape(-1, 2, 2, 4), 0, 2)
+    return arms.copy(), legs.copy(), pose[:, 16:].copy()
+
+
+def move(action, cycle, strength, side, sign, arms, legs, body):
+    """Let a resting figure perform `action`, in place.
+
+    cycle [T]: periods passed. strength: factor on the angles, near 1. side: the limb that acts, 0 or 1. sign: -1 or 1,
+    which way it turns, or whether two waving arms go together. arms, legs, body: as above.
+    """
+    turn = 2 * np.pi * cycle
+    up = (1 - np.cos(turn)) / 2 * strength  # 0 at rest, 1 at the peak of the action
+    if action in ("Walk", "Run"):
+        stride, bend, lift = (28, 8, 48) if action == "Walk" else (38, 25, 85)
+        for s in (0, 1):
+            swing = stride * strength * np.sin(turn + np.pi * s)
+            knee = bend + lift * np.maximum(0, np.cos(turn + np.pi * s))  # bent while the leg comes forward
+            legs[s, :, 0], legs[s, :, 2] = swing, swing - knee
+            legs[s, :, 1::2] = 3
+            arms[s, :, ::2] -= 0.9 * swing[:, None]
+        if action == "Run":
+            body[:, 0] += 8
+            body[:, 2] = 0.05 * np.abs(np.sin(turn + 0.6))
+    elif action in ("Jump", "Squat"):
+        if action == "Jump":  # 0.45 of the period on the ground, then a parabola
+            part = cycle % 1
+            air = np.clip((part - 0.45) / 0.55, 0, 1)
+            down = np.where(part < 0.45, np.sin(np.pi * np.minimum(part / 0.45, 1)), 0) * 0.6 * strength
+            body[:, 2] = 0.13 * strength * 4 * air * (1 - air)
+            arms[:, :, ::2] += (20 * (body[:, 2] / 0.13 - down))[:, None]
+        else:
+            down = up
+        body[:, 0] += 25 * down
+        legs[:] = np.stack([80 * down, 6 + 0 * down, -62 * down, 6 + 0 * down], axis=-1)
+    elif action in ("WaveOne", "WaveBoth"):
+        for s in (side,) if action == "WaveOne" else (0, 1):
+            swing = strength * np.sin(turn) * (sign if s != side else 1)
+            arms[s] = np.stack([0 * turn, 100 + 14 * swing, 0 * turn, 160 + 48 * swing], axis=-1)
+    elif action == "JumpingJack":
+        arms[:] = np.stack([0 * up, 15 + 140 * up, 5 + 0 * up, 18 + 147 * up], axis=-1)
+        legs[:] = np.stack([0 * up, 3 + 26 * up, 0 * up, 3 + 26 * up], axis=-1)
+        body[:, 2] = 0.06 * np.sin(turn) ** 2
+    elif action == "Bend":
+        body[:, 0] += 75 * up
+    elif action == "Kick":
+        thigh = -22 + 95 * up
+        knee = 10 + 200 * np.maximum(0, up * (1 - up))
+        legs[side] = np.stack([thigh, 4 + 0 * up, thigh - knee, 4 + 0 * up], axis=-1)
+        legs[1 - side] = (-3, 3, -6, 3)
+        body[:, 0] -= 12 * up
+    elif action == "Turn":
+        body[:, 3] += sign * 360 * cycle
+
+
+def joints(arms, legs, body, build):
+    """Place the joints: pose over T frames -> {name: [T, 3]} in body heights, (forward, left, up), feet on the ground.
+
+    build: lengths as `subject` draws them.
+    """
+    def along(angles, s):  # a unit vector of a limb; the left side is +
+        f, o = np.radians(angles[..., 0]), np.radians(angles[..., 1])
+        return np.stack([np.sin(f) * np.cos(o), (1 - 2 * s) * np.sin(o), -np.cos(f) * np.cos(o)], axis=-1)
+
+    pitch, roll = np.radians(body[:, 0]), np.radians(body[:, 1])
+    zero, one = 0 * pitch, 1 + 0 * pitch
+    c, s = np.cos(pitch), np.sin(pitch)
+    about_left = np.stack([c, zero, s, zero, one, zero, -s, zero, c], axis=-1)
+    c, s = np.cos(roll), np.sin(roll)
+    about_front = np.stack([one, zero, zero, zero, c, s, zero, -s, c], axis=-1)
+    trunk = about_left.reshape(-1, 3, 3) @ about_front.reshape(-1, 3, 3)  # [T, 3, 3]: moves all above the hips
+
+    def above(v):
+        return (trunk @ np.broadcast_to(v, (len(pitch), 3))[..., None])[..., 0]
+
+    p = {"pelvis": np.zeros((len(pitch), 3))}
+    p["neck"] = above((0, 0, build["trunk"]))
+    p["head"] = p["neck"] + above((0.02, 0, build["head"] + 0.03))
+    p["face"] = p["head"] + above((0.6 * build["head"], 0, 0))
+    for s in (0, 1):
+        p[f"shoulder{s}"] = p["neck"] + above((0, (1 - 2 * s) * build["shoulders"], -0.02))
+        p[f"elbow{s}"] = p[f"shoulder{s}"] + build["arm"] * above(along(arms[s, :, :2], s))
+        p[f"hand{s}"] = p[f"elbow{s}"] + build["arm"] * above(along(arms[s, :, 2:], s))
+        p[f"hip{s}"] = p["pelvis"] + np.array([0, (1 - 2 * s) * build["hips"], 0])
+        p[f"knee{s}"] = p[f"hip{s}"] + build["leg"] * along(legs[s, :, :2], s)
+        p[f"ankle{s}"] = p[f"knee{s}"] + build["leg"] * along(legs[s, :, 2:], s)
+        p[f"toe{s}"] = p[f"ankle{s}"] + along(legs[s, :, 2:] + np.array([80, 0]), s) * 0.08
+    ground = np.minimum(p["ankle0"][:, 2], p["ankle1"][:, 2]) - body[:, 2]
+    return {name: q - ground[:, None] * (0, 0, 1) for name, q in p.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Appearance: drawn without knowing the action
+# ---------------------------------------------------------------------------------------------------------------------
+def colour(rng):
+    """A strong colour, BGR."""
+    hsv = np.uint8([[[rng.integers(180), rng.integers(60, 256), rng.integers(50, 256)]]])
+    return tuple(map(int, cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0, 0]))
+
+
+def subject(rng):
+    """Body and clothes of one person -> dict of lengths in body heights, and for each part (colour, colour, bands)."""
+    build = {"trunk": rng.uniform(0.28, 0.33), "head": rng.uniform(0.07, 0.095), "shoulders": rng.uniform(0.09, 0.13),
+             "hips": rng.uniform(0.05, 0.08), "arm": rng.uniform(0.165, 0.195), "leg": rng.uniform(0.22, 0.25),
+             "thick": rng.uniform(0.85, 1.35), "outline": [(15, 15, 15), (240, 240, 240)][rng.integers(2)]}
+    for part in ("head", "face", "trunk", "arm", "hand", "leg", "foot"):
+        build["wear_" + part] = (colour(rng), colour(rng), int(rng.integers(1, 6)))
+    return build
+
+
+def background(side, rng):
+    """A texture [side, side, 3] uint8: smooth noise at four scales under shapes of strong colours."""
+    noise = np.zeros((side, side, 3), np.float32)
+    for cells, weight in ((4, 1.0), (10, 0.7), (26, 0.6), (60, 0.5)):
+        coarse = rng.normal(0, weight, (cells, cells, 3)).astype(np.float32)
+        noise += cv2.resize(coarse, (side, side), interpolation=cv2.INTER_CUBIC)
+    image = np.clip(noise / noise.std() * rng.uniform(8, 24) + rng.uniform(70, 185, 3), 0, 255).astype(np.uint8)
+    for _ in range(rng.integers(3, 9)):
+        x, y = rng.integers(0, side, 2).tolist()
+        r = rng.uniform(0.02, 0.10, 2) * side
+        kind = rng.integers(3)
+        if kind == 0:
+            axes = (int(r[0]) + 1, int(r[1]) + 1)
+            cv2.ellipse(image, (x, y), axes, int(rng.integers(180)), 0, 360, colour(rng), -1)
+        elif kind == 1:
+            corners = rng.normal((x, y), r.mean(), (int(rng.integers(3, 6)), 2)).astype(np.int32)
+            cv2.fillConvexPoly(image, cv2.convexHull(corners), colour(rng))
+        else:  # a bar as thick and long as a limb
+            end = rng.normal((x, y), 0.12 * side).astype(int).tolist()
+            cv2.line(image, (x, y), end, colour(rng), int(rng.uniform(0.02, 0.05) * side))
+    return image
+
+
+def camera(t, rng):
+    """Camera paths at the times t (seconds) -> shake [T, 2] and drift [T, 2] in 1/64 of a frame, roll [T] in degrees.
+
+    The drift moves the background alone: the camera follows the figure through its surroundings.
+    """
+    def waves(speed, shortest, longest, n):  # sums of n sines with a root-mean-square speed per second
+        periods = rng.uniform(shortest, longest, (n, 2))
+        size = speed * np.sqrt(2 / n) * periods / (2 * np.pi)
+        return (size * np.sin(2 * np.pi * (t[:, None, None] / periods + rng.random((n, 2))))).sum(1)
+
+    shake = waves(rng.uniform(4, 10), 0.2, 0.6, 4)
+    drift = waves(rng.uniform(0, 8), 1.5, 3.0, 1)
+    return shake, drift, waves(rng.uniform(0, 4), 0.3, 0.9, 2)[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rendering
+# ---------------------------------------------------------------------------------------------------------------------
+def limb(a, b, ra, rb, wear, outline, edge):
+    """The shapes of a limb over T frames: a rim, then bands across it in two colours.
+
+    a, b: its ends [T, 2] px. ra, rb: its radii there. wear: (colour, colour, number of bands). edge: width of the rim.
+    Returns two layers (ra, rb, colours of n bands, corners [T, n, 4, 2] in 1/16 px).
+    """
+    axis = b - a
+    across = axis[:, ::-1] * (-1, 1) / np.maximum(np.linalg.norm(axis, axis=1, keepdims=True), 1e-6)
+    layers = []
+    for ra_, rb_, paints in ((ra + edge, rb + edge, [outline]), (ra, rb, [wear[i % 2] for i in range(wear[2])])):
+        at = np.linspace(0, 1, len(paints) + 1)[:, None, None]  # [n+1, 1, 1]
+        left, right = (a + at * axis + sign * (ra_ + at * (rb_ - ra_)) * across for sign in (-1, 1))  # [n+1, T, 2]
+        corners = np.stack([left[:-1], right[:-1], right[1:], left[1:]], axis=2).swapaxes(0, 1)
+        layers.append((ra_, rb_, paints, np.rint(16 * corners).astype(np.int32)))
+    return layers
+
+
+def draw(image, a, b, layers, i):
+    """Draw frame i of a limb from a to b [T, 2], px."""
+    a, b = (tuple(np.rint(16 * p[i]).astype(int).tolist()) for p in (a, b))
+    for ra, rb, paints, corners in layers:
+        cv2.circle(image, a, round(16 * ra), paints[0], -1, cv2.LINE_8, 4)
+        cv2.circle(image, b, round(16 * rb), paints[-1], -1, cv2.LINE_8, 4)
+        for paint, quad in zip(paints, corners[i], strict=True):
+            cv2.fillConvexPoly(image, quad, paint, cv2.LINE_8, 4)
+
+
+def render(action, size, frames, fps, person, rng):
+    """Render one clip -> list of `frames` uint8 [size, size, 3], BGR.
+
+    person: what `subject` draws. rng: the clip's own; it draws the same things in the same order for every action.
+    """
+    t = np.arange(frames) / fps
+    canvas = size * max(2, round(192 / size))  # drawn large and averaged down, for smooth edges and sub-pixel motion
+    unit = canvas / 64
+    cycle = rng.random() + t / (PERIODS[action] * np.exp(rng.uniform(-0.26, 0.26)))
+    strength, side, sign = rng.uniform(0.85, 1.1), rng.integers(2), rng.choice([-1, 1])
+    height, elevation = rng.uniform(0.62, 0.74) * canvas, np.radians(rng.uniform(0, 12))
+    foot = np.array([0.5 + rng.uniform(-0.08, 0.08), rng.uniform(0.90, 0.94)]) * canvas
+    shake, drift, roll = camera(t, rng)
+    pose = rest(t, rng)
+    texture = background(canvas * 8 // 5, rng)
+    move(action, cycle, strength, side, sign, *pose)
+
+    yaw = np.radians(pose[2][:, 3])
+    flat, depth = {}, {}
+    c, s, centre = np.cos(np.radians(roll)), np.sin(np.radians(roll)), canvas / 2
+    for name, q in joints(*pose, person).items():
+        x = q[:, 0] * np.sin(yaw) + q[:, 1] * np.cos(yaw)
+        depth[name] = q[:, 0] * np.cos(yaw) - q[:, 1] * np.sin(yaw)
+        y = -q[:, 2] * np.cos(elevation) + depth[name] * np.sin(elevation)
+        x, y = foot[0] + height * x - centre, foot[1] + height * y - centre
+        flat[name] = np.stack([c * x - s * y, s * x + c * y], -1) + centre + shake * unit  # [T, 2] px of the canvas
+    thick, head = person["thick"], person["head"] / person["thick"]  # a head doesn't grow with the limbs
+    parts = [("pelvis", "neck", 0.070, 0.080, "trunk"), ("shoulder0", "shoulder1", 0.036, 0.036, "trunk"),
+             ("hip0", "hip1", 0.046, 0.046, "leg"), ("head", "head", head, head, "head"),
+             ("face", "face", 0.6 * head, 0.6 * head, "face")]
+    for k in "01":
+        parts += [(f"hip{k}", f"knee{k}", 0.048, 0.036, "leg"), (f"knee{k}", f"ankle{k}", 0.036, 0.026, "leg"),
+                  (f"ankle{k}", f"toe{k}", 0.026, 0.022, "foot"), (f"shoulder{k}", f"elbow{k}", 0.034, 0.028, "arm"),
+                  (f"elbow{k}", f"hand{k}", 0.028, 0.022, "hand")]
+    limbs = []  # (depth [T], end [T, 2], end [T, 2], layers)
+    for a, b, ra, rb, part in parts:
+        layers = limb(flat[a], flat[b], ra * thick * height, rb * thick * height, person["wear_" + part],
+                      person["outline"], 0.012 * height)
+        limbs.append((depth[a] + depth[b], flat[a], flat[b], layers))
+
+    film = []
+    for i in range(frames):
+        turn = cv2.getRotationMatrix2D((texture.shape[1] / 2, texture.shape[0] / 2), -roll[i], 1.0)
+        turn[:, 2] += (shake[i] + drift[i]) * unit - (np.array(texture.shape[1::-1]) - canvas) / 2
+        image = cv2.warpAffine(texture, turn, (canvas, canvas), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+        for _, a, b, layers in sorted(limbs, key=lambda x: x[0][i]):  # the nearest last
+            draw(image, a, b, layers, i)
+        film.append(cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA))
+    return film
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+def clip_name(subset, index):
+    """Clip `index` of a subset -> (action, subject's number, clip's number)."""
+    nth = index // len(ACTIONS)  # of its action
+    return ACTIONS[index % len(ACTIONS)], 2 * (nth // CLIPS_PER_SUBJECT) + 1 + subset, nth % CLIPS_PER_SUBJECT + 1
+
+
+def write_film(path, film, fps):
+    """Write BGR frames as motion JPEG, by the writer of OpenCV's own: its FFmpeg one cuts odd sizes to even ones."""
+    h, w = film[0].shape[:2]
+    writer = cv2.VideoWriter(str(path), cv2.CAP_OPENCV_MJPEG, cv2.VideoWriter_fourcc(*"MJPG"), fps, (w, h))
+    writer.set(cv2.VIDEOWRITER_PROP_QUALITY, 95)
+    for image in film:
+        writer.write(image)
+    writer.release()
+    if not path.is_file() or sum(1 for _ in decode(path)) != len(film):  # the writer says nothing of a full disk
+        raise BadInput(f"{path} could not be written whole; is the disk full, or OpenCV without its MJPEG writer?")
+
+
+def settings_of(out):
+    """The settings of the set in `out`, or None where there is none. Raises BadInput if other things are there."""
+    out = Path(out)
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        header = json.loads((out / "walkers.json").read_text())
+        version = header.pop("version")
+    except (OSError, ValueError, KeyError, AttributeError):
+        raise BadInput(f"{out} exists and holds no set of walkers (no readable walkers.json in it); "
+                       f"choose another --out") from None
+    if version != VERSION or header.keys() != SETTINGS.keys():
+        raise BadInput(f"{out} holds walkers of version {version}, this program makes version {VERSION}; "
+                       f"remove the folder or choose another --out")
+    return header
+
+
+def make(out, train=400, test=200, size=64, frames=18, seed=0, fps=25, progress=False):
+    """Make the set in the folder `out`, or keep the one that is there if it was made with the same settings.
+
+    train, test: clips, balanced over the ten actions. size: px, square. frames: a clip. progress: show a bar.
+    Returns True if clips were made, False if the set was there.
+    Raises BadInput for settings out of range, or if `out` holds other settings, a damaged set, or other things.
+    """
+    out = Path(out).resolve()
+    wanted = {"train": train, "test": test, "size": size, "frames": frames, "seed": seed, "fps": fps}
+    for name, least in (("train", 1), ("test", 1), ("size", 16), ("frames", 2), ("seed", 0), ("fps", 1)):
+        if wanted[name] < least:
+            raise BadInput(f"--{name} is {wanted[name]}, but must be at least {least}")
+    existing = settings_of(out)
+    if existing is not None:
+        differ = [f"--{k} {existing[k]} instead of {v}" for k, v in wanted.items() if existing[k] != v]
+        if differ:
+            raise BadInput(f"{out} holds walkers made with {', '.join(differ)}; remove it or choose another --out")
+        lost = [path for subset in SUBSETS for path, _ in clips(out, subset) if not path.is_file()]
+        if lost:
+            raise BadInput(f"{out} lacks {len(lost)} of its films, the first {lost[0]}; remove it and run this again")
+        return False
+
+    part = out.with_name(out.name + ".part")  # renamed when complete; left over only by a killed process
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        for action in ACTIONS:
+            (part / "videos" / action).mkdir(parents=True)
+        (part / "splits").mkdir()
+        lists = {"classInd.txt": [f"{i} {action}" for i, action in enumerate(ACTIONS, 1)]}
+        with tqdm(total=train + test, unit="film", disable=not progress) as bar:
+            for subset, count in enumerate((train, test)):
+                lines = []
+                for index in range(count):
+                    action, group, clip = clip_name(subset, index)
+                    person = subject(np.random.default_rng([seed, group, 0]))
+                    film = render(action, size, frames, fps, person, np.random.default_rng([seed, subset, index, 1]))
+                    name = f"{action}/v_{action}_g{group:02d}_c{clip:02d}.avi"
+                    write_film(part / "videos" / name, film, fps)
+                    lines.append(name if subset else f"{name} {ACTIONS.index(action) + 1}")
+                    bar.update()
+                lists[f"{SUBSETS[subset]}list01.txt"] = sorted(lines)
+        for name, lines in lists.items():
+            (part / "splits" / name).write_text("\n".join(lines) + "\n")
+        (part / "walkers.json").write_text(json.dumps({"version": VERSION, **wanted}) + "\n")
+        if out.exists():
+            out.rmdir()  # settings_of found it empty
+        os.rename(part, out)
+    except OSError as e:
+        raise BadInput(f"{out} could not be written ({e.strerror})") from e
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return True
+
+
+def clips(out, subset):
+    """The films of a subset ("train" or "test") in the order of its list -> [(path, label from 0)]."""
+    listed = Path(out) / "splits" / f"{subset}list01.txt"
+    try:
+        names = [line.split()[0] for line in listed.read_text().splitlines()]
+    except OSError as e:
+        raise BadInput(f"{listed} can't be read ({e.strerror}); remove {out} and make the set again") from e
+    return [(Path(out) / "videos" / name, ACTIONS.index(name.split("/")[0])) for name in names]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trivial baselines
+# ---------------------------------------------------------------------------------------------------------------------
+def flow_histogram(grey):
+    """Farneback flow of grey frames [T, H, W] uint8, less each pair's median -> [128]: speed by place and direction."""
+    total = 0
+    for a, b in pairwise(grey):
+        flow = cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, 9, 3, 5, 1.1, 0)
+        flow -= np.median(flow, axis=(0, 1))
+        speed, angle = cv2.cartToPolar(flow[..., 0], flow[..., 1])
+        bins = np.minimum((angle * (8 / (2 * np.pi))).astype(int), 7)
+        maps = np.stack([np.where(bins == k, speed, 0) for k in range(8)], axis=-1)
+        total = total + cv2.resize(maps, (4, 4), interpolation=cv2.INTER_AREA).ravel()
+    return np.sqrt(total)
+
+
+def descriptors(path):
+    """One film -> {name of a baseline: its vector}."""
+    film = np.stack(list(decode(path)))  # [T, H, W, 3]
+    grey = np.stack([cv2.cvtColor(f, cv2.COLOR_BGR2GRAY) for f in film])
+    change = np.abs(np.diff(grey.astype(np.float32), axis=0)).mean(0)
+    colours = np.histogramdd(film.reshape(-1, 3), bins=(6, 6, 6), range=((0, 256),) * 3)[0]
+    return {"mean grey frame": grey.mean(0).ravel(), "mean colour frame": film.mean(0).ravel(),
+            "colour histogram": np.sqrt(colours.ravel()), "middle frame": film[len(film) // 2].astype(float).ravel(),
+            "mean frame difference": cv2.resize(change, (16, 16), interpolation=cv2.INTER_AREA).ravel(),
+            "flow histogram": flow_histogram(grey)}
+
+
+def baselines(out):
+    """R@1 of the nearest training film (cosine of centred vectors) of every test film.
+
+    Returns {"train", "test", "chance", "chance_stderr", "results": {name: {"R@1", "stderr"}}}, in per cent.
+    """
+    vectors, labels = {}, {}
+    for subset in SUBSETS:
+        films = clips(out, subset)
+        labels[subset] = np.array([label for _, label in films])
+        found = [descriptors(path) for path, _ in films]
+        vectors[subset] = {k: np.stack([d[k] for d in found]) for k in found[0]}
+    n = len(labels["test"])
+
+    def stderr(p):
+        return 100 * float(np.sqrt(p * (1 - p) / n))
+
+    results = {}
+    for name, x in vectors["train"].items():
+        mean = x.mean(0)
+        x, y = x - mean, vectors["test"][name] - mean
+        x, y = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-9) for v in (x, y))
+        right = float((labels["train"][(y @ x.T).argmax(1)] == labels["test"]).mean())
+        results[name] = {"R@1": 100 * right, "stderr": stderr(right)}
+    chance = 1 / len(ACTIONS)
+    return {"train": len(labels["train"]), "test": n, "chance": 100 * chance, "chance_stderr": stderr(chance),
+            "results": results}
+
+
+def sheet(out, columns=9, subset="train"):
+    """A picture of the encoded films, a row for each action -> uint8 [H, W, 3], BGR."""
+    rows = []
+    for label, action in enumerate(ACTIONS):
+        films = [path for path, k in clips(out, subset) if k == label]
+        if not films:
+            continue
+        film = list(decode(films[label % len(films)]))
+        picked = [film[i] for i in np.linspace(0, len(film) - 1, columns).round().astype(int)]
+        zoom = max(1, round(96 / len(film[0])))
+        cells = [np.pad(cv2.resize(f, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC),
+                        ((1, 1), (1, 1), (0, 0)), constant_values=255) for f in picked]
+        title = np.full((len(cells[0]), 110, 3), 255, np.uint8)
+        cv2.putText(title, action, (4, len(title) // 2 + 5), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+        rows.append(np.hstack([title, *cells]))
+    return np.vstack(rows)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.walkers", description=__doc__.split("\n")[0],
+        epilog="An existing set is kept; settings not given are then its own.")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the set's folder")
+    words = {"train": "training clips", "test": "test clips", "size": "px, square", "frames": "frames a clip",
+             "fps": "frames a second", "seed": "another seed, another set"}
+    for name, default in SETTINGS.items():
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{words[name]} (default {default})")
+    parser.add_argument("--baselines", action="store_true", help="print what trivial baselines score on the set")
+    parser.add_argument("--json", metavar="FILE", help="write the baselines here too")
+    parser.add_argument("--sheet", metavar="FILE", help="write a picture of the films, .png or .jpg")
+    args = parser.parse_args(argv)
+
+    if args.json and not args.baselines:
+        raise BadInput("--json holds the baselines: give --baselines too")
+    start = settings_of(args.out) or SETTINGS
+    wanted = {k: start[k] if getattr(args, k) is None else getattr(args, k) for k in SETTINGS}
+
+    made = make(args.out, **wanted, progress=True)
+    print(f"{args.out}: {'made' if made else 'kept'} {wanted['train']} + {wanted['test']} films of {len(ACTIONS)} "
+          f"actions, {wanted['frames']} frames of {wanted['size']} px, seed {wanted['seed']}")
+    if args.sheet:
+        with atomic(args.sheet) as tmp:
+            if not cv2.imwrite(str(tmp), sheet(args.out)):
+                raise BadInput(f"{args.sheet} could not be written as a picture; let it end in .png or .jpg")
+        print(args.sheet)
+    if args.baselines:
+        found = baselines(args.out)
+        print(f"R@1 of the nearest of {found['train']} training films, {found['test']} queries; "
+              f"chance {found['chance']:.1f} +- {found['chance_stderr']:.1f}")
+        for name, row in found["results"].items():
+            print(f"  {name:24s}{row['R@1']:5.1f} +- {row['stderr']:.1f}")
+        if args.json:
+            with atomic(args.json) as tmp:
+                tmp.write_text(json.dumps({"settings": wanted, **found}, indent=1) + "\n")
+            print(args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,484 @@
+"""Stage 3: pre-training (paper sections 3.2 and 3.4, Eqs. 6-10, 12, 13; Fig. 2).
+
+In   videos of one data set, the flow store of flow.py, the prototypes of prototypes.py.
+Out  RUN/log.jsonl (one JSON object a line; the first holds command, commit and settings) and RUN/checkpoint.pt.
+
+    torchrun --nproc-per-node 8 pretrain.py --dataset ucf101 --videos UCF-101 --splits ucfTrainTestlist \\
+        --flow flow/ucf101 --prototypes prototypes.npz --out runs/ucf101
+    python pretrain.py --dataset folder --videos my_videos --flow flow/mine --prototypes prototypes.npz --out runs/mine
+
+One step: each video's long and short crops of both views go through the two backbones and the head to unit features,
+their products with the prototypes are the scores, the long crops' scores are assigned (guided by the other view), and
+every crop predicts the assignments of the video's other long crops. The same command continues an interrupted run.
+
+Watch `loss` against ln N (6.908 for 1000 prototypes): a loss that stays there has collapsed. Defaults are the paper's;
+the README lists what the paper leaves open and what was chosen.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
+from torch.utils.data import DataLoader
+
+import data
+import goca
+import model
+
+# settings that may change on resume
+FREE = {"device", "workers", "cache", "log_every", "save_every", "videos", "splits", "flow", "prototypes", "out"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The step's mathematics
+# ---------------------------------------------------------------------------------------------------------------------
+def gather_rows(features):
+    """The unit features of all processes, their samples in rank order: [G, A, m, d] -> [G, A, M, d], no gradient."""
+    features = features.detach().contiguous()
+    if not dist.is_initialized():
+        return features
+    parts = [torch.empty_like(features) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, features)
+    return torch.cat(parts, dim=2)
+
+
+def assign(batch_scores, s, guided):
+    """log D of the whole batch: scores of the assigning crops [G, A, M, N] -> [G, A, M, N] (Eqs. 5-7)."""
+    if guided:
+        return goca.guided_assign(batch_scores, s.lambda1, s.lambda2, s.iters, prior_sign=s.prior_sign,
+                                  check_finite=False)
+    return goca.assign(batch_scores, s.lambda1, iters=s.iters, check_finite=False)
+
+
+def step_loss(net, clips, s, guided):
+    """Loss of one step on this process's videos (Eqs. 12, 13) -> scalar, scores of the assigning crops [G, 2, M, N]."""
+    core = net.module if isinstance(net, nn.parallel.DistributedDataParallel) else net
+    features = net(clips)  # [G, V, m, d]
+    scores = core.scores(features)  # [G, V, m, N]
+    batch_scores = core.scores(gather_rows(features[:, :2]))  # of all processes
+    m, first = features.shape[2], features.shape[2] * (dist.get_rank() if dist.is_initialized() else 0)
+    if guided:
+        loss = goca.guided_loss(scores, n_assign=2, lambda1=s.lambda1, lambda2=s.lambda2, temperature=s.temperature,
+                                iters=s.iters, prior_sign=s.prior_sign, batch_scores=batch_scores, first_row=first,
+                                check_finite=False)
+    else:
+        own = assign(batch_scores, s, guided)[:, :, first:first + m]
+        loss = goca.swapped_loss(scores, own, s.temperature, check_finite=False)
+    return loss, batch_scores
+
+
+@torch.no_grad()
+def describe(log_d):
+    """What to watch besides the loss: log D [G, A, M, N] -> dict of numbers."""
+    d = log_d.exp()
+    top = log_d.argmax(-1)  # [G, A, M]
+    return {"entropy": -(d * log_d).sum(-1).mean().item(),  # of an assignment, in nats; ln N if it says nothing
+            "prototypes_in_use": top.unique().numel(),
+            "crops_agree": (top[:, 0] == top[:, 1]).float().mean().item(),
+            **({"views_agree": (top[0] == top[1]).float().mean().item()} if len(top) == 2 else {})}
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step for each weight is scaled by trust |w| / |g + wd w| (You et al. [91]).
+
+    Batch norm and biases (one dimension) get neither the scaling nor weight decay.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=1e-6, trust=0.001):
+        params = list(params)
+        groups = [{"params": [p for p in params if p.ndim > 1], "adapt": True},
+                  {"params": [p for p in params if p.ndim <= 1], "adapt": False}]
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            update = [p.grad for p in params]
+            if group["adapt"]:
+                update = torch._foreach_add(update, params, alpha=group["weight_decay"])
+                w, g = torch._foreach_norm(params), torch._foreach_norm(update)
+                ratio = [torch.where((a > 0) & (b > 0), group["trust"] * a / b, 1.0) for a, b in zip(w, g, strict=True)]
+                torch._foreach_mul_(update, ratio)
+            for p in params:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum"] for p in params]
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, update)
+            torch._foreach_add_(params, momenta, alpha=-group["lr"])
+
+
+def make_optimizer(net, s):
+    """LARS (the paper), or AdamW, which small batches and short runs learn faster with."""
+    if s.optimizer == "adamw":
+        return torch.optim.AdamW(net.parameters(), s.lr, betas=(s.momentum, 0.99), weight_decay=s.weight_decay)
+    return LARS(net.parameters(), s.lr, s.momentum, s.weight_decay, s.trust)
+
+
+def learning_rate(step, steps_per_epoch, s):
+    """Linear warm-up from lr_start to lr, then a cosine to lr_end (section 4); `step` counts from 0."""
+    warm, total = s.warmup_epochs * steps_per_epoch, s.epochs * steps_per_epoch
+    if step < warm:
+        return s.lr_start + (s.lr - s.lr_start) * step / warm
+    done = (step - warm) / max(1, total - warm - 1)
+    return s.lr_end + (s.lr - s.lr_end) * (1 + math.cos(math.pi * done)) / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------------------------------
+class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over all processes' samples on the CPU, where torch's SyncBatchNorm does not run."""
+
+    def _check_input_dim(self, x):
+        pass
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        dims = [0, *range(2, x.ndim)]
+        count = x.numel() / x.shape[1] * dist.get_world_size()
+        mean = all_reduce(x.sum(dims)) / count
+        centred = x - mean.view(1, -1, *[1] * (x.ndim - 2))
+        var = all_reduce(centred.square().sum(dims)) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = (self.weight / (var + self.eps).sqrt()).view(1, -1, *[1] * (x.ndim - 2))
+        return centred * scale + self.bias.view(1, -1, *[1] * (x.ndim - 2))
+
+
+def synchronise_batch_norm(net, device):
+    """Let every batch norm see the whole batch, as one process would."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    for m in net.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.__class__ = GlobalBatchNorm  # same parameters and buffers
+    return net
+
+
+def start_processes(s):
+    """Join the process group if torchrun started us -> (device, rank, world)."""
+    kind = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise data.BadInput("--device cuda, but torch sees no GPU (torch.cuda.is_available() is false)")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return device, int(os.environ.get("RANK", 0)), world
+
+
+def commit():
+    """The repository's commit, for the log."""
+    here = str(Path(__file__).parent)
+    try:
+        return subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True,
+                              text=True).stdout.strip() or "unknown"
+    except OSError:  # no git
+        return "unknown"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resume
+# ---------------------------------------------------------------------------------------------------------------------
+def resume(out, settings, net, optimizer):
+    """Load RUN/checkpoint.pt if it is there -> the next step. Raises BadInput where the settings do not allow it."""
+    if not (out / "checkpoint.pt").exists():
+        return 0
+    state = data.load_checkpoint(out)
+    old = state["settings"]
+    changed = {k: (old.get(k), v) for k, v in settings.items() if old.get(k) != v and k not in FREE}
+    if changed:
+        what = ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items())
+        raise data.BadInput(f"{out} was trained with other settings ({what}); give another --out, or these as before")
+    if state["model"]["prototypes"].shape != net.prototypes.shape:
+        raise data.BadInput(f"{out} was trained with prototypes {list(state['model']['prototypes'].shape)}, but "
+                            f"--prototypes {settings['prototypes']} holds {list(net.prototypes.shape)}")
+    net.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+class Stop:
+    """Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) ask for a checkpoint after this step; a second Ctrl-C ends all."""
+
+    def __enter__(self):
+        self.signal = 0
+        self.before = {sig: signal.signal(sig, self) for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *exception):
+        for sig, handler in self.before.items():
+            signal.signal(sig, handler)
+
+    def __call__(self, sig, frame):
+        if self.signal and sig == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = sig
+
+    def asked(self, device, world):
+        """The signal that came, or 0; processes may get it in different steps, so they agree on it."""
+        if world == 1:
+            return self.signal
+        agreed = torch.tensor(self.signal, device=device)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        return int(agreed)
+
+
+class Log:
+    """RUN/log.jsonl and the terminal: what happened since the last line, averaged. Only rank 0 writes."""
+
+    def __init__(self, out, s, rank, world, step, total, per_epoch):
+        self.path, self.s, self.head, self.world = out / "log.jsonl", s, rank == 0, world
+        self.first, self.total, self.per_epoch = step, total, per_epoch
+        self.losses, self.faults, self.waited, self.step = [], set(), 0.0, step
+
+    def say(self, text):
+        if self.head:
+            print(text, flush=True)
+
+    def start(self, header, text):
+        """Drop the lines of steps that are about to be done again, then write the first line of this start."""
+        self.began = self.since = time.perf_counter()
+        if not self.head:
+            return
+        kept = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            try:
+                if json.loads(line)["step"] <= self.first:
+                    kept.append(line + "\n")
+            except ValueError:
+                pass  # the line that was being written when the run was killed
+        with data.atomic(self.path) as tmp:
+            tmp.write_text("".join(kept) + json.dumps(header) + "\n")
+        self.file = open(self.path, "a", buffering=1)
+        self.say(text)
+
+    def timed(self, loader):
+        """Pass the batches on and count the time spent waiting for them."""
+        batches = iter(loader)
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self.waited += time.perf_counter() - began
+            yield batch
+
+    def add(self, loss, faults):
+        self.losses.append(loss.detach())
+        for fault in faults:
+            if fault and fault not in self.faults:
+                self.faults.add(fault)
+                print(f"skipped: {fault}", file=sys.stderr)
+
+    def check_loss(self, step):
+        """Stop, before anything is saved, if a loss since the last look is not finite."""
+        if self.losses and not torch.stack(self.losses).isfinite().all():
+            raise data.BadInput(f"the loss is no longer finite before step {step}; {self.path.parent} keeps the last "
+                                f"good checkpoint. Likely causes: a learning rate too high (--lr {self.s.lr:.3g}), too "
+                                f"small a lambda1 ({self.s.lambda1}), damaged videos or flow")
+
+    def line(self, step, values):
+        """One line for the steps since the last; every process calls it, the loss is the mean over them."""
+        loss = torch.stack(self.losses).mean()
+        if self.world > 1:
+            dist.all_reduce(loss)
+        now = time.perf_counter()
+        videos = (step - self.step) * self.s.batch_size * self.world
+        line = {"step": step, "epoch": step / self.per_epoch, "loss": loss.item() / self.world, **values,
+                "samples_per_s": videos / (now - self.since), "data_wait": self.waited / (now - self.since),
+                "skipped": len(self.faults)}
+        self.since, self.step, self.waited = now, step, 0.0
+        self.losses.clear()
+        if self.head:
+            self.file.write(json.dumps(line) + "\n")
+        left = timedelta(seconds=round((now - self.began) / (step - self.first) * (self.total - step)))
+        agree = f"  views agree {line['views_agree']:.2f}" if "views_agree" in line else ""
+        self.say(f"epoch {line['epoch']:.1f}/{self.s.epochs}  step {step}/{self.total}  loss {line['loss']:.3f}  "
+                 f"entropy {line['entropy']:.2f}  in use {line['prototypes_in_use']}{agree}  lr {line['lr']:.3g}  "
+                 f"{line['samples_per_s']:.1f} videos/s  waiting for data {line['data_wait']:.0%}  left {left}")
+
+    def end(self, step):
+        if step == self.first:
+            self.say(f"{self.path.parent} is complete: {self.total} steps were done before")
+        if self.faults:
+            print(f"{len(self.faults)} videos could not be read and were replaced; they are named above",
+                  file=sys.stderr)
+
+
+def train(s):
+    """Pre-train with settings `s` (see `arguments`) -> exit status: 0 done, 128 + signal if asked to stop."""
+    device, rank, world = start_processes(s)
+    out = Path(s.out)
+
+    # --- data -------------------------------------------------------------------------------------------------------
+    store = data.FlowStore(s.flow)
+    found = data.read_split(s.dataset, s.videos, s.splits, s.split, "train")
+    videos = [v for v in found.videos if v.name in store]
+    if not videos:
+        raise data.BadInput(f"{s.flow} holds the flow of none of the {len(found.videos)} videos below {s.videos}; "
+                            f"run: python flow.py --videos {s.videos} --out {s.flow}")
+    clips = data.TrainClips(videos, store, frames=s.frames, short_frames=s.short_frames, n_short=s.short_crops,
+                            size=s.size, stride=s.stride, scale=tuple(s.scale), seed=s.seed, cache=s.cache)
+
+    # --- network ----------------------------------------------------------------------------------------------------
+    _, arrays = data.load_arrays(s.prototypes, "prototypes", f"python prototypes.py --out {s.prototypes}")
+    core = model.two_view(vars(s), torch.from_numpy(arrays["prototypes"]))
+    core = core.to(device, memory_format=torch.channels_last_3d)
+    if world > 1:
+        core = synchronise_batch_norm(core, device)
+    optimizer = make_optimizer(core, s)
+    settings = {**vars(s), "global_batch": s.batch_size * world, "flow_header": store.header}
+    step = resume(out, settings, core, optimizer)
+    batches = data.Batches(len(videos), s.batch_size, s.epochs, s.seed, rank, world, start=step)
+    per_epoch, total = batches.steps_per_epoch, batches.steps_per_epoch * s.epochs
+    loader = DataLoader(clips, batch_sampler=batches, num_workers=s.workers, pin_memory=device.type == "cuda",
+                        worker_init_fn=data.start_worker)
+    net = core
+    if world > 1:
+        net = nn.parallel.DistributedDataParallel(core, device_ids=[device] if device.type == "cuda" else None,
+                                                  broadcast_buffers=False)
+
+    # --- loop -------------------------------------------------------------------------------------------------------
+    n = len(core.prototypes)
+    log = Log(out, s, rank, world, step, total, per_epoch)
+    log.start({"command": sys.argv, "commit": commit(), "torch": torch.__version__, "step": step,
+               "ln_n": math.log(n), "videos": len(videos), "settings": settings},
+              f"{s.method}: {len(videos)} videos ({len(found.absent)} listed but absent, "
+              f"{len(found.videos) - len(videos)} without flow), {per_epoch} steps an epoch of {s.batch_size} x "
+              f"{world} videos on {device}; {n} prototypes, ln N = {math.log(n):.3f}\n"
+              f"learning rate ({s.optimizer}) {s.lr_start:.4g} -> {s.lr:.4g} -> {s.lr_end:.4g}"
+              + (f"; continuing at step {step} of {total}" if step else ""))
+    net.train()
+    with Stop() as stop:
+        for batch in log.timed(loader):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, per_epoch, s)
+            guided = s.method == "goca" and step // per_epoch >= s.guide_start
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss, batch_scores = step_loss(net, data.augment(batch, device), s, guided)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            step += 1
+            log.add(loss, batch["fault"])
+
+            logging = step % s.log_every == 0 or step == total
+            saving = step % (s.save_every * per_epoch) == 0 or step == total
+            asked = stop.asked(device, world) if world == 1 or logging else 0
+            if logging or saving or asked:
+                log.check_loss(step)
+            if logging:
+                log.line(step, {"lr": learning_rate(step - 1, per_epoch, s), "guided": guided,
+                                **describe(assign(batch_scores, s, guided))})
+            if (saving or asked) and rank == 0:
+                data.save_checkpoint(out / "checkpoint.pt", {"settings": settings, "step": step, "model":
+                                                             core.state_dict(), "optimizer": optimizer.state_dict()})
+            if asked:
+                log.say(f"asked to stop (signal {asked}): saved step {step} of {total}; the same command continues")
+                return 128 + asked
+    log.end(step)
+    if world > 1:
+        dist.destroy_process_group()
+    return 0
+
+
+def arguments(argv=None):
+    p = argparse.ArgumentParser(description="GOCA pre-training on RGB and flow; defaults are the paper's.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    g = p.add_argument_group("input and output")
+    g.add_argument("--dataset", choices=data.DATASETS, default="folder")
+    g.add_argument("--videos", required=True, help="folder of videos")
+    g.add_argument("--splits", help="folder of the data set's official lists")
+    g.add_argument("--split", type=int, default=1, choices=(1, 2, 3), help="UCF101 and HMDB51")
+    g.add_argument("--flow", required=True, help="flow store of flow.py")
+    g.add_argument("--prototypes", required=True, help="file of prototypes.py")
+    g.add_argument("--out", required=True, help="folder of the run; an interrupted run there is continued")
+    g = p.add_argument_group("method")
+    g.add_argument("--method", choices=model.METHODS, default="goca", help="baselines of Table 1: sep, sview, avg")
+    g.add_argument("--lambda1", type=float, default=0.02, help="weight of the entropy, Eq. 5 (Table 2)")
+    g.add_argument("--lambda2", type=float, default=0.03, help="weight of the prior, Eq. 6; small runs: below lambda1")
+    g.add_argument("--prior-sign", type=int, choices=(1, -1), default=1, help="-1: the released code's anti-prior")
+    g.add_argument("--guide-start", type=int, default=0, help="epoch from which the views guide each other")
+    g.add_argument("--iters", type=int, default=3, help="Sinkhorn rounds (released code)")
+    g.add_argument("--temperature", type=float, default=0.1, help="of the predictions (released code)")
+    g = p.add_argument_group("network and clips")
+    g.add_argument("--arch", choices=model.ARCHITECTURES, default="s3d")
+    g.add_argument("--width", type=float, default=1.0, help="channel multiplier; 1 is the published network")
+    g.add_argument("--hidden", type=int, default=2048, help="hidden units of the projection head")
+    g.add_argument("--pool", choices=("avg", "1x2x2"), default="avg", help="1x2x2: the released R(2+1)D-18 feature")
+    g.add_argument("--frames", type=int, default=32, help="of the 2 long crops")
+    g.add_argument("--short-frames", type=int, default=16, help="of the short crops")
+    g.add_argument("--short-crops", type=int, default=4, help="0: no multi-temporal-resolution")
+    g.add_argument("--stride", type=int, default=1, help="frames between two frames of a clip")
+    g.add_argument("--size", type=int, default=128, help="px; 112 for r2plus1d18")
+    g.add_argument("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                   help="short side before cropping, over size (default 136/128 190/128; r2plus1d18 128/112 160/112)")
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--optimizer", choices=("lars", "adamw"), default="lars", help="adamw: for small runs")
+    g.add_argument("--batch-size", type=int, default=10, help="videos a process (paper: 10 on each of 64 GPUs)")
+    g.add_argument("--epochs", type=int, default=500)
+    g.add_argument("--warmup-epochs", type=int, default=10)
+    g.add_argument("--lr", type=float, help="default: 4.8 sqrt(batch/640); adamw 0.001")
+    g.add_argument("--lr-start", type=float, help="default: lr/16 (0.3 at 4.8)")
+    g.add_argument("--lr-end", type=float, help="default: lr/1000 (0.0048 at 4.8)")
+    g.add_argument("--momentum", type=float, default=0.9)
+    g.add_argument("--weight-decay", type=float, default=1e-6)
+    g.add_argument("--trust", type=float, default=0.001, help="LARS trust coefficient")
+    g = p.add_argument_group("run")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    g.add_argument("--workers", type=int, help="loader processes (default: cores, at most 8)")
+    g.add_argument("--cache", action="store_true", help="keep decoded videos in memory, once a loader process")
+    g.add_argument("--log-every", type=int, default=20, help="steps")
+    g.add_argument("--save-every", type=int, default=1, help="epochs")
+    s = p.parse_args(argv)
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("lambda1", "temperature", "iters", "width", "hidden", "frames", "short_frames", "stride", "size",
+                 "batch_size", "epochs", "log_every", "save_every"):
+        if getattr(s, name) <= 0:
+            raise data.BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: must be above 0")
+    for name in ("lambda2", "guide_start", "short_crops", "warmup_epochs"):
+        if getattr(s, name) < 0:
+            raise data.BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: must not be negative")
+    if s.scale is None:
+        s.scale = [136 / 128, 190 / 128] if s.arch == "s3d" else [128 / 112, 160 / 112]
+    if not 1 <= s.scale[0] <= s.scale[1]:
+        raise data.BadInput(f"--scale {s.scale[0]} {s.scale[1]}: must be 1 <= LOW <= HIGH")
+    if s.lr is None:
+        s.lr = 0.001 if s.optimizer == "adamw" else 4.8 * math.sqrt(s.batch_size * world / 640)
+    s.lr_start = s.lr_start if s.lr_start is not None else s.lr / 16
+    s.lr_end = s.lr_end if s.lr_end is not None else s.lr / 1000
+    s.warmup_epochs = min(s.warmup_epochs, s.epochs // 2)
+    if s.workers is None:
+        s.workers = min(8, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return s
+
+
+if __name__ == "__main__":
+    data.command_line(lambda: train(arguments()))

@@ -1,0 +1,52 @@
+"""What several test files share: a tiny generated data set with its flow and prototypes, and the real clips."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait take the cores from others
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import flow  # noqa: E402
+from experiments import walkers  # noqa: E402
+
+CLIPS = ROOT.parent / "shared" / "data"
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def real_clips():
+    """The folder of real clips, which have no place in the repository."""
+    if not CLIPS.is_dir():
+        pytest.skip(f"the real clips are not at {CLIPS} (research-use terms: they are not distributed)")
+    return CLIPS
+
+
+class TinySet:
+    """20 + 10 generated films of 40 px and 12 frames, their flow, 24 prototypes of 16-d."""
+
+    def __init__(self, root):
+        self.videos, self.splits = root / "set" / "videos", root / "set" / "splits"
+        self.flow, self.prototypes = root / "flow", root / "prototypes.npz"
+        walkers.make(root / "set", train=20, test=10, size=40, frames=12)
+        status = flow.main(["--videos", str(self.videos), "--out", str(self.flow), "--short-side", "0", "--warps", "1",
+                            "--epsilon", "0.1"])
+        assert status == 0
+        p = np.random.default_rng(0).standard_normal((24, 16), dtype=np.float32)
+        data.save_arrays(self.prototypes, "prototypes", {}, prototypes=p / np.linalg.norm(p, axis=1, keepdims=True))
+
+    def common(self):
+        return ["--dataset", "ucf101", "--videos", str(self.videos), "--splits", str(self.splits), "--flow",
+                str(self.flow)]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return TinySet(tmp_path_factory.mktemp("tiny"))

@@ -1,0 +1,187 @@
+// Just enough of CUDA to run csrc/cuda.cu on the CPU: each CUDA thread is a fibre, and fibres change at barriers.
+//
+// It shows what a kernel computes, that every thread reaches every barrier, and, by running the fibres in several
+// orders, that no result hangs on an order which a barrier should have fixed. It shows nothing of speed or memory
+// coherence.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#define GOCA_EMULATED
+#define __global__
+#define __device__
+#define __host__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __CUDACC__
+
+struct dim3 {
+  unsigned x, y = 1, z = 1;
+  dim3(unsigned x) : x(x) {}
+};
+
+namespace emulated {
+
+inline int64_t l2_bytes = 1 << 20, blocks_at_once = 3;  // of the card
+inline int order = 0;                                    // 0 forward, 1 backward, else shuffled with this seed
+
+struct Barrier {
+  int64_t members = 0, waiting = 0, generation = 0;
+};
+struct Block {
+  Barrier barrier;
+  std::vector<Barrier> warps;
+  std::vector<double> shared;
+  std::vector<uint64_t> shuffle;
+};
+struct Fibre {
+  dim3 thread{0}, block{0};
+  Block* home;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool done = false;
+};
+
+inline Fibre* current;
+inline dim3 grid_size{1}, block_size{1};
+inline Barrier grid_barrier;
+inline ucontext_t scheduler;
+inline void (*body)(void*);
+inline void* body_data;
+
+inline void wait(Barrier& b) {
+  const int64_t generation = b.generation;
+  if (++b.waiting == b.members) {
+    b.waiting = 0;
+    ++b.generation;
+  }
+  while (b.generation == generation) swapcontext(&current->context, &scheduler);
+}
+
+inline void run_fibre() {
+  body(body_data);
+  current->done = true;
+  swapcontext(&current->context, &scheduler);
+}
+
+// Blocks first .. last of the grid, all at once.
+inline void run_blocks(unsigned first, unsigned last, size_t shared_bytes) {
+  constexpr size_t STACK = 64 << 10;
+  std::vector<Block> blocks(last - first);
+  std::vector<std::unique_ptr<Fibre>> fibres;
+  for (unsigned b = first; b < last; ++b) {
+    Block& block = blocks[b - first];
+    block.barrier.members = block_size.x;
+    block.warps.resize((block_size.x + 31) / 32);
+    block.shared.resize(shared_bytes / 8 + 1, NAN);
+    block.shuffle.resize(block_size.x);
+    for (unsigned t = 0; t < block_size.x; ++t) {
+      auto f = std::make_unique<Fibre>();
+      ++block.warps[t / 32].members;
+      f->thread.x = t, f->block.x = b, f->home = &block, f->stack.reset(new char[STACK]);
+      getcontext(&f->context);
+      f->context.uc_stack.ss_sp = f->stack.get();
+      f->context.uc_stack.ss_size = STACK;
+      makecontext(&f->context, run_fibre, 0);
+      fibres.push_back(std::move(f));
+    }
+  }
+  grid_barrier = {int64_t(fibres.size())};
+  std::mt19937 random(order);
+  std::vector<size_t> turn(fibres.size());
+  std::iota(turn.begin(), turn.end(), 0);
+  if (order == 1) std::reverse(turn.begin(), turn.end());
+  for (size_t left = fibres.size(); left > 0;) {
+    if (order > 1) std::shuffle(turn.begin(), turn.end(), random);
+    for (size_t i : turn) {
+      if (fibres[i]->done) continue;
+      current = fibres[i].get();
+      swapcontext(&scheduler, &current->context);
+      left -= current->done;
+    }
+  }
+}
+
+template <typename F>
+void run(dim3 grid, dim3 block, size_t shared, bool at_once, F f) {
+  grid_size = grid, block_size = block;
+  body = [](void* data) { (*static_cast<F*>(data))(); };
+  body_data = &f;
+  if (at_once) return run_blocks(0, grid.x, shared);
+  for (unsigned k = 0; k < grid.x; ++k) {
+    const unsigned b = order == 1 ? grid.x - 1 - k : k;
+    run_blocks(b, b + 1, shared);
+  }
+}
+
+}  // namespace emulated
+
+#define threadIdx (emulated::current->thread)
+#define blockIdx (emulated::current->block)
+#define blockDim (emulated::block_size)
+#define gridDim (emulated::grid_size)
+
+inline void __syncthreads() { emulated::wait(emulated::current->home->barrier); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T x, int offset) {
+  auto& block = *emulated::current->home;
+  const unsigned t = threadIdx.x;
+  std::memcpy(&block.shuffle[t], &x, sizeof(T));
+  emulated::wait(block.warps[t / 32]);
+  std::memcpy(&x, &block.shuffle[t ^ offset], sizeof(T));
+  emulated::wait(block.warps[t / 32]);
+  return x;
+}
+
+template <typename T>
+T* shared_memory() {
+  return reinterpret_cast<T*>(emulated::current->home->shared.data());
+}
+
+// The runtime's functions that cuda.cu calls
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum { cudaDevAttrL2CacheSize, cudaDevAttrMultiProcessorCount, cudaDevAttrCooperativeLaunch };
+using cudaStream_t = void*;
+
+inline const char* cudaGetErrorString(cudaError_t) { return "refused"; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+  *value = attribute == cudaDevAttrL2CacheSize ? emulated::l2_bytes : 1;
+  return cudaSuccess;
+}
+template <typename F>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F, int, size_t) {
+  return *blocks = emulated::blocks_at_once, cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  return std::memset(p, value, bytes), cudaSuccess;
+}
+
+template <typename... Args, size_t... I>
+void emulated_call(void (*kernel)(Args...), void** args, std::index_sequence<I...>) {
+  kernel(*static_cast<std::remove_reference_t<Args>*>(args[I])...);
+}
+template <typename... Args>
+cudaError_t cudaLaunchKernel(void (*kernel)(Args...), dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t) {
+  emulated::run(grid, block, shared, false, [=] { emulated_call(kernel, args, std::index_sequence_for<Args...>()); });
+  return cudaSuccess;
+}
+template <typename... Args>
+cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(Args...), dim3 grid, dim3 block, void** args, size_t shared,
+                                        cudaStream_t) {
+  if (grid.x > emulated::blocks_at_once) return cudaErrorInvalidValue;
+  emulated::run(grid, block, shared, true, [=] { emulated_call(kernel, args, std::index_sequence_for<Args...>()); });
+  return cudaSuccess;
+}

@@ -1,0 +1,506 @@
+"""Stage 1: the flow is right, the store is whole whatever happens, and bad videos cost themselves only."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+import data
+import flow
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--short-side", "0", "--workers", "2"]
+
+
+def texture(h, w, seed=0):
+    noise = np.random.default_rng(seed).normal(size=(h, w)).astype(np.float32)
+    return cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 2), None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+
+
+def moving(n, h, w, u, v, seed=0):
+    """n grey frames of a texture that moves by (u, v) px a frame; the camera looks at another part of it."""
+    room = 8 * n
+    big = texture(h + 2 * room, w + 2 * room, seed)
+    return [big[room - v * t:room - v * t + h, room - u * t:room - u * t + w] for t in range(n)]
+
+
+def film(path, frames, codec="FFV1"):
+    """A video file; FFV1 is lossless."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    h, w = frames[0].shape
+    video = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*codec), 25, (w, h))
+    assert video.isOpened()
+    for frame in frames:
+        video.write(cv2.cvtColor(frame, cv2.COLOR_GRAY2BGR))
+    video.release()
+
+
+def make_set(root, n=3, frames=4, size=24):
+    for k in range(n):
+        film(root / "a" / f"v{k}.avi", moving(frames, size, size, 1, k % 2, seed=k))
+    return root
+
+
+def tree(root):
+    return {str(p.relative_to(root)): p.read_bytes() for p in Path(root).rglob("*") if p.is_file()}
+
+
+def command(videos, out, *more):
+    return flow.main(["--videos", str(videos), "--out", str(out), *QUICK, *more])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One video
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("u", "v"), [(2, -1), (-3, 0), (0, 2)])
+def test_translation(u, v):
+    (field,) = flow.tvl1(moving(2, 64, 80, u, v))
+    assert field.shape == (64, 80, 2) and field.dtype == np.float32
+    inner = field[8:-8, 8:-8].reshape(-1, 2)  # what leaves the picture has no match
+    assert np.abs(inner - (u, v)).mean() < 0.1
+
+
+def test_defaults_are_opencvs():
+    solver = cv2.optflow.DualTVL1OpticalFlow_create()
+    assert {name: getattr(solver, f"get{name}")() for name in flow.TVL1} == flow.TVL1
+    assert not solver.getUseInitialFlow()
+    assert {k: v for k, v in flow.make_settings().items() if k in flow.TVL1} == flow.TVL1
+
+
+def test_params_reach_the_solver():
+    frames = moving(2, 48, 48, 3, 1)
+    (default,), (crude,) = flow.tvl1(frames), flow.tvl1(frames, WarpingsNumber=1, Epsilon=0.1)
+    solver = cv2.optflow.DualTVL1OpticalFlow_create(warps=1, epsilon=0.1)
+    assert np.array_equal(crude, solver.calc(*frames, None)) and not np.array_equal(crude, default)
+
+
+def test_u_stands_over_v(tmp_path):
+    film(tmp_path / "v.avi", moving(4, 48, 64, 2, -1))
+    about = flow.extract(tmp_path / "v.avi", tmp_path / "flow.avi", flow.make_settings(short_side=0))
+    reader = data.AviReader(tmp_path / "flow.avi")
+    assert len(reader) == 3 and reader.header == {**about, "frames": 3}
+    assert about == {"source": "v.avi", "source_bytes": (tmp_path / "v.avi").stat().st_size, "source_size": [64, 48],
+                     "source_declared": 4, "source_frames": 4}
+    for plane in reader.read([0, 1, 2]):
+        assert plane.shape == (96, 64)
+        u, v = np.split(data.dequantise(plane), 2)
+        assert abs(np.median(u) - 2) < 0.1 and abs(np.median(v) + 1) < 0.1
+
+
+def test_a_player_shows_the_flow(tmp_path):
+    film(tmp_path / "v.avi", moving(4, 48, 64, 2, -1))
+    flow.extract(tmp_path / "v.avi", tmp_path / "flow.avi", flow.make_settings(short_side=0))
+    shown = [cv2.cvtColor(f, cv2.COLOR_BGR2GRAY).astype(int) for f in data.decode(tmp_path / "flow.avi")]
+    read = data.AviReader(tmp_path / "flow.avi").read([0, 1, 2])
+    assert len(shown) == 3 and max(np.abs(a - b).max() for a, b in zip(shown, read, strict=True)) <= 2
+
+
+def test_clipped_at_the_bound(tmp_path, monkeypatch):
+    """Constant planes survive JPEG exactly, so the bytes are those of the quantiser: 128 + 127 / 20 a pixel."""
+    constants = [(500.0, -500.0), (20.0, -20.0), (0.0, 10.0), (-10.0, 0.1)]
+    fields = (np.full((16, 16, 2), c, np.float32) for c in constants)
+    monkeypatch.setattr(flow, "tvl1", lambda frames, **params: (f for f, _ in zip(fields, frames, strict=False)))
+    film(tmp_path / "v.avi", moving(5, 16, 16, 1, 1))
+    flow.extract(tmp_path / "v.avi", tmp_path / "flow.avi", flow.make_settings(quality=100))
+    planes = data.AviReader(tmp_path / "flow.avi").read(range(4))
+    assert [(p[0, 0], p[-1, -1]) for p in planes] == [(255, 1), (255, 1), (128, 192), (64, 129)]
+    assert all((p[:16] == p[0, 0]).all() and (p[16:] == p[-1, -1]).all() for p in planes)
+
+
+@pytest.mark.parametrize(("short_side", "size"), [(0, (33, 47)), (16, (16, 23)), (45, (45, 64))])
+def test_odd_sizes(tmp_path, short_side, size):
+    data.write_avi(tmp_path / "v.avi", moving(2, 33, 47, 1, 0), {}, quality=100)  # OpenCV writes even sizes only
+    about = flow.extract(tmp_path / "v.avi", tmp_path / "flow.avi", flow.make_settings(short_side=short_side))
+    assert about["source_size"] == [47, 33]
+    (plane,) = data.AviReader(tmp_path / "flow.avi").read([0])
+    assert plane.shape == (2 * size[0], size[1])
+    expected = size[0] / 33  # u is in pixels of the store
+    assert abs(np.median(data.dequantise(plane[:size[0]])) - expected) < 0.15
+
+
+def test_size_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "decode", lambda path: iter([np.zeros((16, 24, 3), np.uint8)] * 2
+                                                          + [np.zeros((24, 16, 3), np.uint8)]))
+    with pytest.raises(data.BadInput, match=r"odd\.avi changes its size from \[24, 16\] to \[16, 24\] at frame 2"):
+        flow.extract(tmp_path / "odd.avi", tmp_path / "flow.avi", flow.make_settings())
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_optflow(tmp_path, monkeypatch):
+    make_set(tmp_path / "v", 1)
+    monkeypatch.delattr(cv2, "optflow")
+    with pytest.raises(data.BadInput, match=r"no cv2\.optflow.*pip install opencv-contrib-python"):
+        command(tmp_path / "v", tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder of videos
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def five(tmp_path_factory):
+    """A folder of five videos and the store of one uninterrupted run on it."""
+    root = tmp_path_factory.mktemp("five")
+    make_set(root / "videos", 5)
+    assert command(root / "videos", root / "store") == 0
+    return root
+
+
+def test_store(five):
+    store = data.FlowStore(five / "store")
+    assert store.header == {"kind": "flow", "version": 1, **flow.make_settings(short_side=0)}
+    assert store.header["opencv"] == cv2.__version__ and store.header["backend"] == "opencv"
+    assert sorted(tree(five / "store")) == [*(f"a/v{k}.avi" for k in range(5)), "header.json"]
+    for name in data.find_videos(five / "videos"):
+        assert name in store and len(store.open(name)) == 3
+
+
+def test_again_does_nothing(five, capsys):
+    before = {p: p.stat().st_mtime_ns for p in (five / "store").rglob("*")}
+    assert command(five / "videos", five / "store") == 0
+    assert {p: p.stat().st_mtime_ns for p in (five / "store").rglob("*")} == before
+    assert "0 to do" in capsys.readouterr().out
+
+
+def test_shards(five, tmp_path):
+    whole, seen = tree(five / "store"), []
+    for i in (2, 3, 1):
+        assert command(five / "videos", tmp_path / f"s{i}", "--shard", f"{i}/3") == 0
+        assert command(five / "videos", tmp_path / "s", "--shard", f"{i}/3", "--workers", "1") == 0
+        seen += [name for name in tree(tmp_path / f"s{i}") if name != "header.json"]
+    assert sorted(seen) == sorted(whole.keys() - {"header.json"})  # disjoint and complete
+    assert tree(tmp_path / "s") == whole  # bit for bit
+
+
+@pytest.mark.parametrize("shard", ["0/3", "4/3", "1", "a/b", "-1/2", "1/0"])
+def test_bad_shard(five, tmp_path, shard):
+    with pytest.raises(data.BadInput, match=f"--shard takes i/n.* not {shard}"):
+        command(five / "videos", tmp_path / "s", f"--shard={shard}")
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("option", ["--short-side=-1", "--quality=0", "--workers=0", "--warps=0", "--epsilon=-1"])
+def test_bad_option(five, tmp_path, option):
+    with pytest.raises(data.BadInput, match=option.split("=")[0]):
+        command(five / "videos", tmp_path / "s", option)
+
+
+def test_interrupted(tmp_path):
+    """Stopped in the middle, twice, the store shows whole files only; the same command then completes it."""
+    make_set(tmp_path / "videos", 12, frames=5, size=32)
+    assert command(tmp_path / "videos", tmp_path / "whole") == 0
+    whole, store = tree(tmp_path / "whole"), tmp_path / "s"
+    arguments = ["--videos", str(tmp_path / "videos"), "--out", str(store), *QUICK]
+    for sign, status in [(signal.SIGKILL, -9), (signal.SIGINT, 130)]:
+        had = len(list(store.rglob("v*.avi")))
+        process = subprocess.Popen([sys.executable, ROOT / "flow.py", *arguments], stderr=subprocess.PIPE, text=True)
+        while len(list(store.rglob("v*.avi"))) == had:
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.send_signal(sign)
+        error = process.communicate()[1]  # ends when the workers have ended too: they share the pipe
+        assert process.returncode == status and "Traceback" not in error, error
+        begun = {name: content for name, content in tree(store).items() if not Path(name).name.startswith(".tmp-")}
+        assert had + 2 <= len(begun) < 13 and begun.items() <= whole.items()
+    assert flow.main(arguments) == 0
+    assert {name: content for name, content in tree(store).items() if not Path(name).name.startswith(".tmp-")} == whole
+
+
+def test_leftovers_of_killed_runs(five, tmp_path):
+    """A temporary file a day old is nobody's; a fresh one may be another shard's."""
+    command(five / "videos", tmp_path / "s")
+    old, fresh = tmp_path / "s" / "a" / ".tmp-old.avi", tmp_path / "s" / ".tmp-fresh.avi"
+    old.touch(), fresh.touch()
+    os.utime(old, (time.time() - 100_000,) * 2)
+    command(five / "videos", tmp_path / "s")
+    assert fresh.exists() and not old.exists()
+
+
+def test_damaged_or_outdated_flow_is_made_again(tmp_path):
+    make_set(tmp_path / "v", 2)
+    command(tmp_path / "v", tmp_path / "s")
+    damaged, outdated = tmp_path / "s" / "a" / "v0.avi", tmp_path / "s" / "a" / "v1.avi"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-100])
+    film(tmp_path / "v" / "a" / "v1.avi", moving(6, 24, 24, 1, 1))
+    command(tmp_path / "v", tmp_path / "s")
+    assert damaged.read_bytes() == whole and len(data.AviReader(outdated)) == 5
+
+
+def test_other_settings_are_refused(five, tmp_path):
+    before = tree(five / "store")
+    with pytest.raises(data.BadInput, match="short_side is 0 there and 32 now, quality is 95 there and 80 now"):
+        command(five / "videos", five / "store", "--short-side", "32", "--quality", "80")
+    assert tree(five / "store") == before
+    header = json.loads(before["header.json"])
+    (tmp_path / "header.json").write_text(json.dumps({**header, "opencv": "4.8.0"}))
+    with pytest.raises(data.BadInput, match=rf"opencv is 4\.8\.0 there and {cv2.__version__} now"):
+        command(five / "videos", tmp_path)
+
+
+def test_shards_that_start_together_agree(tmp_path):
+    """Whoever writes the header first, everyone with other settings is refused."""
+    settings = [flow.make_settings(short_side=s) for s in (0, 32)]
+    for attempt in range(20):
+        results, gate = [], threading.Barrier(6)
+
+        def shard(k, root=tmp_path / str(attempt), results=results, gate=gate):
+            gate.wait()
+            try:
+                results.append((flow.open_store(root, settings[k % 2]).header["short_side"], k % 2 * 32))
+            except data.BadInput as e:
+                assert "other settings" in str(e)
+
+        threads = [threading.Thread(target=shard, args=(k,)) for k in range(6)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        (winner,) = set(results)
+        assert winner[0] == winner[1] and len(results) == 3
+        assert list(tree(tmp_path / str(attempt))) == ["header.json"]
+
+
+def test_names(tmp_path):
+    """Any Unicode, spaces and points; the key is the path without suffix."""
+    names = ["Größe/видео 日本.clip", "a b", "x..x", "sub.avi/y"]
+    for name in names:
+        film(tmp_path / "v" / f"{name}.avi", moving(2, 16, 16, 1, 0))
+    os.replace(tmp_path / "v" / "a b.avi", tmp_path / "v" / "a b.AVI")
+    os.replace(tmp_path / "v" / "x..x.avi", os.fsencode(tmp_path / "v") + b"/\xff.avi")  # no Unicode at all
+    assert command(tmp_path / "v", tmp_path / "s") == 0
+    store = data.FlowStore(tmp_path / "s")
+    assert all(name in store for name in names if name != "x..x")
+
+
+def test_one_name_twice(tmp_path):
+    for suffix in ("avi", "mkv"):
+        film(tmp_path / "v" / f"a.{suffix}", moving(2, 16, 16, 1, 0))
+    with pytest.raises(data.BadInput, match=r"a\.avi.*a\.mkv|a\.mkv.*a\.avi"):
+        command(tmp_path / "v", tmp_path / "s")
+
+
+def test_never_writes_among_videos(five, tmp_path):
+    before = tree(five / "videos")
+    for out in (five / "videos", five / "videos" / "flow", five):
+        with pytest.raises(data.BadInput, match=r"--out .* (is inside --videos|is not empty and no flow store)"):
+            command(five / "videos", out)
+    assert tree(five / "videos") == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad videos among good ones
+# ---------------------------------------------------------------------------------------------------------------------
+BAD = {"empty": "is empty", "text": "no frame that OpenCV can decode", "one": "has one frame only",
+       "headless": "no frame that OpenCV can decode"}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    root = make_set(tmp_path_factory.mktemp("mixed"), 1)
+    (root / "empty.mp4").touch()
+    (root / "text.mp4").write_text("not a video\n" * 100)
+    film(root / "one.avi", moving(1, 24, 24, 1, 0))
+    film(root / "headless.mp4", moving(30, 32, 32, 1, 0), "mp4v")  # its index comes last
+    film(root / "half.avi", moving(30, 32, 32, 1, 0))
+    for name in ("headless.mp4", "half.avi"):
+        whole = (root / name).read_bytes()
+        (root / name).write_bytes(whole[:len(whole) // 2])
+    return root
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_one_sentence(mixed, tmp_path, capfd, name):
+    (path,) = mixed.glob(f"{name}.*")
+    with pytest.raises(data.BadInput, match=BAD[name]) as caught:
+        flow.extract(path, tmp_path / "flow.avi", flow.make_settings())
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")  # no codec adds its own
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_among_good(mixed, tmp_path, capsys):
+    assert command(mixed, tmp_path / "s") == 0
+    out = capsys.readouterr().out
+    assert "2 videos written" in out and "4 skipped, 1 cut short" in out
+    listed = json.loads((tmp_path / "s" / "skipped.json").read_text())
+    assert listed["skipped"].keys() == BAD.keys() and listed["cut short"].keys() == {"half"}
+    for name, words in BAD.items():
+        assert words in listed["skipped"][name] and f"{name}." in listed["skipped"][name]
+        assert f"skipped: {listed['skipped'][name]}" in out
+    n = len(data.FlowStore(tmp_path / "s").open("half"))
+    assert 1 < n < 29 and f"half.avi is cut short: {n + 1} of 30 frames decode" in out
+    assert sorted(tree(tmp_path / "s")) == ["a/v0.avi", "half.avi", "header.json", "skipped.json"]
+
+
+def test_strict_and_mending(mixed, tmp_path, capsys):
+    videos = tmp_path / "v"
+    for name, content in tree(mixed).items():
+        (videos / name).parent.mkdir(parents=True, exist_ok=True)
+        (videos / name).write_bytes(content)
+    assert command(videos, tmp_path / "s", "--strict") == 1
+    assert command(videos, tmp_path / "s", "--strict") == 1  # retried, listed again; what is cut short too
+    assert "0 videos written" in (out := capsys.readouterr().out) and out.count("half.avi is cut short") == 2
+    for name in BAD:
+        (bad,) = videos.glob(f"{name}.*")
+        bad.unlink()
+        film(videos / f"{name}.avi", moving(3, 24, 24, 1, 0))
+    assert command(videos, tmp_path / "s", "--strict") == 1  # one is cut short still
+    film(videos / "half.avi", moving(3, 24, 24, 1, 0))
+    assert command(videos, tmp_path / "s", "--strict") == 0
+    assert not (tmp_path / "s" / "skipped.json").exists()
+    assert len(data.FlowStore(tmp_path / "s").open("half")) == 2
+
+
+def test_nothing_good(tmp_path):
+    (tmp_path / "v").mkdir()
+    with pytest.raises(data.BadInput, match="holds no video"):
+        command(tmp_path / "v", tmp_path / "s")
+    (tmp_path / "v" / "empty.mp4").touch()
+    with pytest.raises(data.BadInput, match="none of the 1 videos"):
+        command(tmp_path / "v", tmp_path / "s")
+    with pytest.raises(data.BadInput, match="is no folder"):
+        command(tmp_path / "absent", tmp_path / "s")
+
+
+def test_store_cannot_be_written(five, tmp_path):
+    """No fault of a video: the run ends with a sentence, and what stood in the store is untouched."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(data.BadInput, match=r"--out .*file can't be used as a folder"):
+        command(five / "videos", tmp_path / "file")
+    flow.open_store(tmp_path / "s", flow.make_settings(short_side=0))
+    (tmp_path / "s" / "a").write_text("in the way")
+    with pytest.raises(data.BadInput, match=r"v\d\.avi can't be written"):
+        command(five / "videos", tmp_path / "s")
+    assert sorted(tree(tmp_path / "s")) == ["a", "header.json"]
+
+
+class Deadly(str):
+    """A path that ends the process that receives it, as a crash in a codec would."""
+
+    def __reduce__(self):
+        return os._exit, (7,)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_crash_costs_one_video(five, tmp_path, workers):
+    found = data.find_videos(five / "videos")
+    jobs = {name: (path, str(tmp_path / f"{name}.avi")) for name, path in found.items()}
+    for name in ("a/v0", "a/v3"):
+        jobs[name] = Deadly("crash.avi"), jobs[name][1]
+    progress = flow.Progress(len(jobs))
+    skipped, cut = flow.extract_all(jobs, flow.make_settings(short_side=0), workers, progress)
+    assert skipped.keys() == {"a/v0", "a/v3"} and not cut and progress.videos == 5 and progress.pairs == 9
+    assert all(s.startswith("crash.avi ended the process that read it (exit code 7)") for s in skipped.values())
+    for name in ("v1", "v2", "v4"):
+        assert (tmp_path / "a" / f"{name}.avi").read_bytes() == (five / "store" / "a" / f"{name}.avi").read_bytes()
+
+
+def test_status_and_sentence_of_the_command(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "flow.py"), "--videos", str(tmp_path), "--out",
+                           str(tmp_path / "s")], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_progress(monkeypatch, capsys):
+    clock = 100.0
+    monkeypatch.setattr(flow.time, "monotonic", lambda: clock)
+    progress = flow.Progress(total=10)
+    progress.pair("a", 30, 1000)
+    progress.pair("a", 30, 1000)
+    clock = 109
+    progress.show()  # too early
+    progress.pair("b", 50, 3000)
+    clock = 110
+    progress.show()  # after 10 s: 3 of (30 + 50) / 2 * 10 pairs, 2 of them in these 10 s
+    clock = 139
+    progress.show()  # too early again
+    progress.videos, clock = 1, 140
+    progress.show()
+    assert capsys.readouterr().out == (
+        "0 of 10 videos, 3 of some 400 pairs, 0.2 pairs/s, 0:33:05 left, 1 MB in the end\n"
+        "1 of 10 videos, 3 of some 400 pairs, 0.1 pairs/s, 2:12:20 left, 1 MB in the end\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# info
+# ---------------------------------------------------------------------------------------------------------------------
+def test_info(tmp_path, capsys):
+    film(tmp_path / "v" / "right.avi", moving(4, 32, 48, 3, 0))
+    command(tmp_path / "v", tmp_path / "s")
+    (tmp_path / "v" / "late.mp4").touch()
+    capsys.readouterr()
+    assert flow.main(["info", str(tmp_path / "s"), "--videos", str(tmp_path / "v"), "--video", "right",
+                      "--picture", str(tmp_path / "p.png")]) == 0
+    out = capsys.readouterr().out
+    assert f"opencv           {cv2.__version__}\n" in out and "Lambda           0.15\n" in out
+    assert "1 videos, 3 flow fields" in out and "1 of the 2 videos below" in out and "\n  late\n" in out
+    assert abs(float(out.split("mean magnitude ")[1].split()[0]) - 3) < 0.3
+    picture = cv2.imread(str(tmp_path / "p.png"))
+    assert picture.shape == (256, 8 * (48 + 48 + 32), 3)
+    b, g, r = np.median(picture[:, 8 * 48:8 * 96].reshape(-1, 3), axis=0)
+    assert r > 200 and b < 80 and g < 80  # to the right is red
+
+
+def test_info_on_bad_input(five, tmp_path):
+    with pytest.raises(data.BadInput, match="is no flow store"):
+        flow.main(["info", str(tmp_path)])
+    with pytest.raises(data.BadInput, match="has no flow of nobody"):
+        flow.main(["info", str(five / "store"), "--video", "nobody", "--picture", str(tmp_path / "p.png")])
+    with pytest.raises(data.BadInput, match="go together"):
+        flow.main(["info", str(five / "store"), "--video", "a/v0"])
+    with pytest.raises(data.BadInput, match="ends as a picture does"):
+        flow.main(["info", str(five / "store"), "--video", "a/v0", "--picture", "p.txt"])
+
+
+def test_colours():
+    """Direction is hue, stillness white."""
+    still, right, left = flow.colours(np.array([[[0, 0], [5, 0], [-5, 0]]], np.float32), 5)[0]
+    assert list(still) == [255, 255, 255] and list(right) == [0, 0, 255] and list(left) == [255, 255, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real film
+# ---------------------------------------------------------------------------------------------------------------------
+def clips(folder, n):
+    return sorted(p for p in (folder / "videos").rglob("*") if p.suffix in data.VIDEO_SUFFIXES)[:n]
+
+
+@pytest.mark.parametrize("dataset", ["ucf101", "hmdb51", "kinetics400"])
+def test_real_film(dataset, real_clips, tmp_path, monkeypatch):
+    decode = data.decode
+    monkeypatch.setattr(data, "decode", lambda path: itertools.islice(decode(path), 3))
+    for path in clips(real_clips / dataset, 3):
+        flow.extract(path, tmp_path / "flow.avi", flow.make_settings(short_side=64))
+        planes = data.AviReader(tmp_path / "flow.avi").read([0, 1])
+        w, h = data.AviReader(tmp_path / "flow.avi").header["source_size"]
+        assert planes[0].shape == (128, round(w * 64 / h))
+        greys = [cv2.resize(cv2.cvtColor(f, cv2.COLOR_BGR2GRAY), (round(w * 64 / h), 64), interpolation=cv2.INTER_AREA)
+                 for f in data.decode(path)]
+        solver = cv2.optflow.DualTVL1OpticalFlow_create()
+        for plane, pair in zip(planes, itertools.pairwise(greys), strict=True):
+            expected = np.clip(solver.calc(*pair, None), -20, 20)
+            stored = np.stack(np.split(data.dequantise(plane), 2), axis=-1)
+            assert np.abs(stored - expected).mean() < 0.06  # quantiser 0.039, JPEG the rest
+
+
+@pytest.mark.parametrize("dataset", ["ucf101", "hmdb51", "kinetics400"])
+def test_real_film_counts_what_decodes(dataset, real_clips, tmp_path, monkeypatch):
+    """HMDB51's container declares a frame more than it has: the flow has one less than decode, and it is no fault."""
+    monkeypatch.setattr(flow, "tvl1", lambda frames, **params: (np.zeros((*b.shape, 2), np.float32)
+                                                                for _, b in itertools.pairwise(frames)))
+    for path in clips(real_clips / dataset, 2):
+        about = flow.extract(path, tmp_path / "flow.avi", flow.make_settings(short_side=16))
+        assert len(data.AviReader(tmp_path / "flow.avi")) == sum(1 for _ in data.decode(path)) - 1
+        assert flow.cut_short(path, about) is None
+        if dataset == "hmdb51":
+            assert about["source_declared"] == about["source_frames"] + 1 == 75

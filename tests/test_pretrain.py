@@ -1,0 +1,276 @@
+"""The training loop: its mathematics against the formulas, its runs against themselves."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import data
+import goca
+import model
+import pretrain
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--width", "0.125", "--hidden", "16", "--frames", "8", "--short-frames", "8", "--short-crops", "1",
+         "--size", "32", "--batch-size", "10", "--epochs", "2", "--warmup-epochs", "1", "--log-every", "1",
+         "--workers", "0"]
+
+
+def run(tiny, out, *more):
+    """Train in this process -> exit status."""
+    return pretrain.train(pretrain.arguments([*tiny.common(), "--prototypes", str(tiny.prototypes), "--out", str(out),
+                                              *SMALL, *more]))
+
+
+def log(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def weights(out):
+    return data.load_checkpoint(out)["model"]
+
+
+# --- mathematics -----------------------------------------------------------------------------------------------------
+def test_lars_by_hand():
+    w = nn.Parameter(torch.tensor([[3.0, 4.0]]))  # |w| = 5
+    b = nn.Parameter(torch.tensor([1.0]))
+    lars = pretrain.LARS([w, b], lr=2.0, momentum=0.5, weight_decay=0.1, trust=0.01)
+    w.grad, b.grad = torch.tensor([[0.0, 1.0]]), torch.tensor([0.25])
+    lars.step()
+    g = torch.tensor([[0.3, 1.4]])  # gradient + decay
+    first = 0.01 * 5 / g.norm() * g
+    torch.testing.assert_close(w.data, torch.tensor([[3.0, 4.0]]) - 2 * first)
+    torch.testing.assert_close(b.data, torch.tensor([0.5]))  # plain SGD: no decay, no scaling
+    w.grad, b.grad = torch.zeros(1, 2), torch.zeros(1)
+    before = w.data.clone()
+    lars.step()
+    decay = 0.01 * before.norm() / (0.1 * before).norm() * 0.1 * before
+    torch.testing.assert_close(w.data, before - 2 * (0.5 * first + decay))
+    torch.testing.assert_close(b.data, torch.tensor([0.25]))  # momentum alone
+
+
+def test_learning_rate_of_the_paper():
+    s = pretrain.arguments(["--videos", "v", "--flow", "f", "--prototypes", "p", "--out", "o", "--batch-size", "640"])
+    rate = [pretrain.learning_rate(t, 14, s) for t in range(500 * 14)]
+    assert rate[0] == pytest.approx(0.3) and rate[140] == pytest.approx(4.8) and rate[-1] == pytest.approx(0.0048)
+    assert rate[70] == pytest.approx((0.3 + 4.8) / 2)
+    middle = rate[140 + (7000 - 140) // 2]
+    assert middle == pytest.approx((4.8 + 0.0048) / 2, rel=1e-3)
+
+
+def test_learning_rate_follows_the_root_of_the_batch():
+    for batch, rate in ((640, 4.8), (160, 2.4), (10, 0.6)):
+        s = pretrain.arguments(["--videos", "v", "--flow", "f", "--prototypes", "p", "--out", "o", "--batch-size",
+                                str(batch)])
+        assert s.lr == pytest.approx(rate) and s.lr_end == pytest.approx(rate / 1000)
+
+
+def settings(**k):
+    s = pretrain.arguments(["--videos", "v", "--flow", "f", "--prototypes", "p", "--out", "o"])
+    return type(s)(**{**vars(s), **k})
+
+
+def fake_clips(m):
+    torch.manual_seed(1)
+    return [{"rgb": torch.randn(m, v, 3, 8, 32, 32), "flow": torch.randn(m, v, 2, 8, 32, 32)} for v in (2, 1)]
+
+
+@pytest.mark.parametrize("method", model.METHODS)
+def test_step_loss_is_the_methods_formula(method):
+    s = settings(method=method, width=0.125, hidden=16, lambda1=0.05, lambda2=0.04)
+    net = model.two_view(vars(s), torch.randn(12, 6))
+    clips = fake_clips(4)
+    loss, _ = pretrain.step_loss(net, clips, s, guided=method == "goca")
+    scores = net.scores(net(clips)).detach()  # training mode: batch statistics, so the same features again
+    plain = goca.assign(scores[:, :2], 0.05, impl="reference")
+    if method == "goca":
+        d = torch.stack([goca.assign(scores[0, :2], 0.05, log_prior=plain[1], lambda2=0.04, impl="reference"),
+                         goca.assign(scores[1, :2], 0.05, log_prior=plain[0], lambda2=0.04, impl="reference")]).exp()
+    else:
+        d = plain.exp()
+    assert scores.shape[0] == (1 if method == "avg" else 2)
+    log_g = torch.log_softmax(scores / 0.1, -1)
+    pairs = [(a, v) for a in range(2) for v in range(3) if a != v]
+    expected = torch.stack([-(d[:, a] * log_g[:, v]).sum(-1).mean() for a, v in pairs]).mean()
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_prior_sign_reaches_the_assignment():
+    scores = torch.randn(2, 2, 6, 5).tanh()
+    plus, minus = (pretrain.assign(scores, settings(prior_sign=p), True) for p in (1, -1))
+    plain = pretrain.assign(scores, settings(), False)
+    assert not torch.allclose(plus, minus)
+    overlap = lambda d: (d.exp() * plain.flip(0).exp()).sum()  # noqa: E731  with the other view's assignment
+    assert overlap(minus) < overlap(plain) < overlap(plus)
+
+
+def test_sview_views_do_not_touch_each_other():
+    s = settings(method="sview", width=0.125, hidden=16)
+    net = model.two_view(vars(s), torch.randn(12, 6))
+    clips = fake_clips(4)
+    loss, _ = pretrain.step_loss(net, clips, s, guided=False)
+    loss.backward()
+    grads = [p.grad.clone() for p in net.backbones["rgb"].parameters()]
+    net.zero_grad()
+    for c in clips:
+        c["flow"] = c["flow"] * 3 + 1
+    pretrain.step_loss(net, clips, s, guided=False)[0].backward()
+    for a, p in zip(grads, net.backbones["rgb"].parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_describe_by_hand():
+    one = torch.tensor([[0.97, 0.01, 0.02], [0.1, 0.8, 0.1]]).log()
+    other = torch.tensor([[0.97, 0.01, 0.02], [0.1, 0.1, 0.8]]).log()
+    log_d = torch.stack([torch.stack([one, one]), torch.stack([one, other])])  # [2 views, 2 crops, 2 samples, 3]
+    out = pretrain.describe(log_d)
+    assert out["prototypes_in_use"] == 3 and out["crops_agree"] == 0.75 and out["views_agree"] == 0.75
+    assert out["entropy"] == pytest.approx(-(log_d.exp() * log_d).sum(-1).mean().item())
+    assert pretrain.describe(torch.full((2, 2, 4, 7), -math.log(7)))["entropy"] == pytest.approx(math.log(7))
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """An uninterrupted run of 2 epochs of 2 steps."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert run(tiny, out) == 0
+    return out
+
+
+def test_log_says_what_to_watch(whole):
+    first, *steps = log(whole)
+    assert first["ln_n"] == pytest.approx(math.log(24)) and first["settings"]["method"] == "goca"
+    assert [s["step"] for s in steps] == [1, 2, 3, 4]
+    for s in steps:
+        assert {"loss", "lr", "entropy", "prototypes_in_use", "views_agree", "samples_per_s", "data_wait", "epoch",
+                "skipped", "guided"} <= s.keys()
+        assert 0 < s["loss"] < 10 and 0 < s["entropy"] <= math.log(24) + 1e-6 and 0 <= s["data_wait"] <= 1
+    assert steps[1]["epoch"] == 1.0 and steps[-1]["epoch"] == 2.0
+
+
+def test_training_moves_every_weight_but_the_prototypes(tiny, whole):
+    after, s = weights(whole), data.load_checkpoint(whole)["settings"]
+    _, arrays = data.load_arrays(tiny.prototypes, "prototypes", "")
+    before = model.two_view(s, torch.from_numpy(arrays["prototypes"])).state_dict()
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert "prototypes" not in moved
+    assert {k for k in before if k.endswith("weight")} <= moved
+
+
+def test_a_second_run_is_bit_identical(tiny, whole, tmp_path):
+    assert run(tiny, tmp_path / "run", "--workers", "2") == 0
+    a, b = weights(whole), weights(tmp_path / "run")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_stopping_and_continuing_is_bit_identical(tiny, whole, tmp_path, monkeypatch):
+    """Asked to stop in every step, the run is continued until it is done; SIGTERM's own status tells each time."""
+    real = pretrain.step_loss
+
+    def interrupt(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(pretrain, "step_loss", interrupt)
+    for step in range(1, 5):
+        assert run(tiny, tmp_path / "run") == 128 + signal.SIGTERM
+        assert data.load_checkpoint(tmp_path / "run")["step"] == step
+    monkeypatch.undo()
+    assert run(tiny, tmp_path / "run") == 0  # complete already
+    a, b = weights(whole), weights(tmp_path / "run")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    losses = lambda out: [s["loss"] for s in log(out) if "loss" in s]  # noqa: E731
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_killed_run_continues_from_its_checkpoint(tiny, whole, tmp_path):
+    """SIGKILL between two saves: the steps since are done again, and the log holds each once."""
+    command = [sys.executable, str(ROOT / "pretrain.py"), *tiny.common(), "--prototypes", str(tiny.prototypes), "--out",
+               str(tmp_path / "run"), *SMALL]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    path = tmp_path / "run" / "log.jsonl"
+    while process.poll() is None and not (path.exists() and '"step": 3' in path.read_text()):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    a, b = weights(whole), weights(tmp_path / "run")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert [s["step"] for s in log(tmp_path / "run") if "loss" in s] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("method", ["goca", "sep"])
+def test_processes_equal_one_process_on_the_same_batches(tiny, tmp_path, method):
+    """2 gloo processes of 5 videos against one of 10, batch norm and the assignment included."""
+    outs = {}
+    for world in (1, 2):
+        outs[world] = tmp_path / str(world)
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port",
+                        str(29600 + os.getpid() % 300), str(ROOT / "pretrain.py"), *tiny.common(), "--prototypes",
+                        str(tiny.prototypes), "--out", str(outs[world]), *SMALL, "--method", method, "--epochs", "1",
+                        "--batch-size", str(10 // world), "--lr", "0.5"], check=True, capture_output=True)
+    one, two = ([s for s in log(o) if "loss" in s] for o in outs.values())
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        assert a["entropy"] == pytest.approx(b["entropy"], rel=1e-2)
+    a, b = weights(outs[1]), weights(outs[2])
+    for k in a:
+        torch.testing.assert_close(a[k], b[k], rtol=2e-2, atol=2e-3, msg=lambda m, k=k: f"{k}: {m}")
+
+
+def test_guiding_starts_when_asked(tiny, tmp_path):
+    assert run(tiny, tmp_path / "run", "--guide-start", "1") == 0
+    assert [s["guided"] for s in log(tmp_path / "run")[1:]] == [False, False, True, True]
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+def test_changed_settings_are_refused_on_resume(tiny, whole, tmp_path):
+    with pytest.raises(data.BadInput, match=r"trained with other settings \(lambda2 0.03 -> 0.01\)"):
+        run(tiny, whole, "--lambda2", "0.01")
+    wide = tmp_path / "wide.npz"
+    data.save_arrays(wide, "prototypes", {}, prototypes=torch.randn(24, 8).numpy())
+    with pytest.raises(data.BadInput, match=r"prototypes \[24, 16\], but --prototypes .* holds \[24, 8\]"):
+        run(tiny, whole, "--prototypes", str(wide))
+
+
+@pytest.mark.parametrize(("more", "words"), [
+    (["--batch-size", "21"], "more than the 20 videos"), (["--lambda1", "0"], "--lambda1 0.0: must be above 0"),
+    (["--prototypes", "absent.npz"], "absent.npz doesn't exist; make it with: python prototypes.py"),
+    (["--flow", "absent"], "absent is no flow store"), (["--scale", "0.5", "1"], "must be 1 <= LOW <= HIGH"),
+    (["--device", "cuda"], "torch sees no GPU")])
+def test_bad_arguments_get_a_sentence(tiny, tmp_path, more, words):
+    if more[0] == "--device" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(data.BadInput, match=words):
+        run(tiny, tmp_path / "run", *more)
+
+
+def test_videos_without_flow_are_counted(tiny, tmp_path, capsys):
+    store = tmp_path / "flow"
+    store.mkdir()
+    (store / "header.json").write_text((tiny.flow / "header.json").read_text())
+    with pytest.raises(data.BadInput, match=r"the flow of none of the 20 videos.*python flow\.py"):
+        run(tiny, tmp_path / "run", "--flow", str(store))
+    names = sorted(p.relative_to(tiny.flow) for p in tiny.flow.rglob("*.avi") if "g" in p.name)
+    for name in names[:-3]:
+        (store / name).parent.mkdir(exist_ok=True)
+        (store / name).symlink_to(tiny.flow / name)
+    assert run(tiny, tmp_path / "run", "--flow", str(store), "--epochs", "1", "--batch-size", "4") == 0
+    assert "without flow" in capsys.readouterr().out
+
+
+def test_status_and_sentence_of_the_command(tmp_path):
+    command = [sys.executable, str(ROOT / "pretrain.py"), "--videos", str(tmp_path), "--flow", str(tmp_path),
+               "--prototypes", "p.npz", "--out", str(tmp_path / "o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert "is no flow store" in done.stderr
