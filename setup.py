@@ -2,7 +2,8 @@
 
 The CPU kernels always; the CUDA kernels where torch is a CUDA build and nvcc is found, for the cards present or for
 TORCH_CUDA_ARCH_LIST. GOCA_CUDA=0 leaves them out, GOCA_CUDA=1 insists. About a minute and a half on 2 cores; without it
-everything runs on the PyTorch reference. The environment variable CXX picks another compiler.
+everything runs on the PyTorch reference. CXX picks another compiler; GOCA_CXXFLAGS adds flags for it, such as
+-fsanitize=address (then also in LDFLAGS).
 """
 
 import os
@@ -37,8 +38,8 @@ def choose_cuda():
     if torch.version.cuda is None:
         found, why = False, f"torch {torch.__version__} is a build without CUDA"
     elif not (home and os.path.isfile(nvcc) and os.path.isfile(header)):
-        found, why = False, (f"torch is built for CUDA {torch.version.cuda}, but bin/nvcc and include/cuda_runtime.h aren't "
-                             f"both below {home or 'a known folder'}; set CUDA_HOME")
+        found, why = False, (f"torch is built for CUDA {torch.version.cuda}, but bin/nvcc and include/cuda_runtime.h "
+                             f"aren't both below {home or 'a known folder'}; set CUDA_HOME")
     elif not (torch.cuda.is_available() or os.environ.get("TORCH_CUDA_ARCH_LIST")):
         found, why = False, "no card is present; TORCH_CUDA_ARCH_LIST (such as 8.0;9.0) would say what to build for"
     else:

@@ -1,5 +1,5 @@
 // The operator on NVIDIA GPUs (Eqs. 5-10, 12-13). The algorithm and why it is safe: goca.h. No torch here: nvcc alone
-// compiles this file, and tests/cuda_on_cpu.h runs it without a GPU.
+// compiles this file, and tests/cuda_on_cpu/ runs it without a GPU.
 //
 // Assignment. The rounds are a sequence of small phases, each a function over all problems and chunks of CUDA_CHUNK = 8
 // rows. In the column phases a thread owns columns and walks down the chunk's rows, so that loads are coalesced; in

@@ -176,8 +176,8 @@ def background(side, rng):
     for cells, weight in ((4, 1.0), (10, 0.7), (26, 0.6), (60, 0.5)):
         coarse = rng.normal(0, weight, (cells, cells, 3)).astype(np.float32)
         noise += cv2.resize(coarse, (side, side), interpolation=cv2.INTER_CUBIC)
-    image = np.clip(noise / noise.std() * rng.uniform(8, 24) + rng.uniform(70, 185, 3), 0, 255).astype(np.uint8)
-    for _ in range(rng.integers(3, 9)):
+    image = np.clip(noise / noise.std() * rng.uniform(25, 55) + rng.uniform(70, 185, 3), 0, 255).astype(np.uint8)
+    for _ in range(rng.integers(10, 26)):
         x, y = rng.integers(0, side, 2).tolist()
         r = rng.uniform(0.02, 0.10, 2) * side
         kind = rng.integers(3)
