@@ -4,11 +4,11 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait take the cores from others
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin while they wait take the cores from others
+os.environ["OMP_NUM_THREADS"] = "2"  # here and in the processes that tests start: sums depend on it
 
 import numpy as np
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -18,7 +18,6 @@ import flow  # noqa: E402
 from experiments import walkers  # noqa: E402
 
 CLIPS = ROOT.parent / "shared" / "data"
-torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
