@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= demo
 # Threads that spin while they wait slow a busy machine down five-fold; read by OpenMP when torch is loaded.
 export OMP_WAIT_POLICY := PASSIVE
-# The demo's recipe: paper's method at a small scale. lambda2 is half of lambda1: see the README.
+# One thread: at this size a second one slows it down. paper's method at a small scale. lambda2 is half of lambda1: see the README.
 RECIPE = --hidden 256 --short-crops 0 --scale 1.0 1.25 --lambda2 0.01 --batch-size 32 --epochs 40 --warmup-epochs 4 \
     --workers 0 --cache --log-every 25 --save-every 10
 
@@ -34,7 +34,7 @@ demo: $(VENV)/installed
 	@echo "=== 4/7 what the untrained network retrieves"
 	$(BIN)/python evaluate.py retrieval --checkpoint none $(SET) $(NET) --json $(DEMO)/untrained.json
 	@echo "=== 5/7 pre-training with the guided loss"
-	$(BIN)/python pretrain.py $(SET) $(NET) --prototypes $(DEMO)/prototypes.npz --out $(DEMO)/goca $(RECIPE)
+	OMP_NUM_THREADS=1 $(BIN)/python pretrain.py $(SET) $(NET) --prototypes $(DEMO)/prototypes.npz --out $(DEMO)/goca $(RECIPE)
 	@echo "=== 6/7 what GOCA retrieves"
 	$(BIN)/python evaluate.py retrieval --checkpoint $(DEMO)/goca $(SET) --json $(DEMO)/goca.json
 	@echo "=== 7/7 figures"
