@@ -16,43 +16,29 @@ the README lists what the paper leaves open and what was chosen.
 """
 
 import argparse
-import json
 import math
 import os
-import signal
-import subprocess
 import sys
-import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 from torch.utils.data import DataLoader
 
 import data
 import goca
 import model
+from training import LARS, Log, Stop, commit, gather_rows, learning_rate, start_processes, synchronise_batch_norm
 
 # settings that may change on resume
-FREE = {"device", "workers", "cache", "log_every", "save_every", "videos", "splits", "flow", "prototypes", "out"}
+FREE = {"device", "workers", "cache", "log_every", "save_every", "videos", "splits", "flow", "prototypes", "out",
+        "index", "time_limit", "max_faults"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The step's mathematics
 # ---------------------------------------------------------------------------------------------------------------------
-def gather_rows(features):
-    """The unit features of all processes, their samples in rank order: [G, A, m, d] -> [G, A, M, d], no gradient."""
-    features = features.detach().contiguous()
-    if not dist.is_initialized():
-        return features
-    parts = [torch.empty_like(features) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, features)
-    return torch.cat(parts, dim=2)
-
-
 def assign(batch_scores, s, guided):
     """log D of the whole batch: scores of the assigning crops [G, A, M, N] -> [G, A, M, N] (Eqs. 5-7)."""
     if guided:
@@ -89,113 +75,11 @@ def describe(log_d):
             **({"views_agree": (top[0] == top[1]).float().mean().item()} if len(top) == 2 else {})}
 
 
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step for each weight is scaled by trust |w| / |g + wd w| (You et al. [91]).
-
-    Batch norm and biases (one dimension) get neither the scaling nor weight decay.
-    """
-
-    def __init__(self, params, lr, momentum=0.9, weight_decay=1e-6, trust=0.001):
-        params = list(params)
-        groups = [{"params": [p for p in params if p.ndim > 1], "adapt": True},
-                  {"params": [p for p in params if p.ndim <= 1], "adapt": False}]
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            update = [p.grad for p in params]
-            if group["adapt"]:
-                update = torch._foreach_add(update, params, alpha=group["weight_decay"])
-                w, g = torch._foreach_norm(params), torch._foreach_norm(update)
-                ratio = [torch.where((a > 0) & (b > 0), group["trust"] * a / b, 1.0) for a, b in zip(w, g, strict=True)]
-                torch._foreach_mul_(update, ratio)
-            for p in params:
-                if "momentum" not in self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-            momenta = [self.state[p]["momentum"] for p in params]
-            torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, update)
-            torch._foreach_add_(params, momenta, alpha=-group["lr"])
-
-
 def make_optimizer(net, s):
     """LARS (the paper), or AdamW, which small batches and short runs learn faster with."""
     if s.optimizer == "adamw":
         return torch.optim.AdamW(net.parameters(), s.lr, betas=(s.momentum, 0.99), weight_decay=s.weight_decay)
     return LARS(net.parameters(), s.lr, s.momentum, s.weight_decay, s.trust)
-
-
-def learning_rate(step, steps_per_epoch, s):
-    """Linear warm-up from lr_start to lr, then a cosine to lr_end (section 4); `step` counts from 0."""
-    warm, total = s.warmup_epochs * steps_per_epoch, s.epochs * steps_per_epoch
-    if step < warm:
-        return s.lr_start + (s.lr - s.lr_start) * step / warm
-    done = (step - warm) / max(1, total - warm - 1)
-    return s.lr_end + (s.lr - s.lr_end) * (1 + math.cos(math.pi * done)) / 2
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes
-# ---------------------------------------------------------------------------------------------------------------------
-class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over all processes' samples on the CPU, where torch's SyncBatchNorm does not run."""
-
-    def _check_input_dim(self, x):
-        pass
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        dims = [0, *range(2, x.ndim)]
-        count = x.numel() / x.shape[1] * dist.get_world_size()
-        mean = all_reduce(x.sum(dims)) / count
-        centred = x - mean.view(1, -1, *[1] * (x.ndim - 2))
-        var = all_reduce(centred.square().sum(dims)) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.detach(), self.momentum)
-            self.running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = (self.weight / (var + self.eps).sqrt()).view(1, -1, *[1] * (x.ndim - 2))
-        return centred * scale + self.bias.view(1, -1, *[1] * (x.ndim - 2))
-
-
-def synchronise_batch_norm(net, device):
-    """Let every batch norm see the whole batch, as one process would."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    for m in net.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            m.__class__ = GlobalBatchNorm  # same parameters and buffers
-    return net
-
-
-def start_processes(s):
-    """Join the process group if torchrun started us -> (device, rank, world)."""
-    kind = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise data.BadInput("--device cuda, but torch sees no GPU (torch.cuda.is_available() is false)")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return device, int(os.environ.get("RANK", 0)), world
-
-
-def commit():
-    """The repository's commit, for the log."""
-    here = str(Path(__file__).parent)
-    try:
-        return subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True,
-                              text=True).stdout.strip() or "unknown"
-    except OSError:  # no git
-        return "unknown"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,114 +106,6 @@ def resume(out, settings, net, optimizer):
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
-class Stop:
-    """Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) ask for a checkpoint after this step; a second Ctrl-C ends all."""
-
-    def __enter__(self):
-        self.signal = 0
-        self.before = {sig: signal.signal(sig, self) for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-        return self
-
-    def __exit__(self, *exception):
-        for sig, handler in self.before.items():
-            signal.signal(sig, handler)
-
-    def __call__(self, sig, frame):
-        if self.signal and sig == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = sig
-
-    def asked(self, device, world):
-        """The signal that came, or 0; processes may get it in different steps, so they agree on it."""
-        if world == 1:
-            return self.signal
-        agreed = torch.tensor(self.signal, device=device)
-        dist.all_reduce(agreed, dist.ReduceOp.MAX)
-        return int(agreed)
-
-
-class Log:
-    """RUN/log.jsonl and the terminal: what happened since the last line, averaged. Only rank 0 writes."""
-
-    def __init__(self, out, s, rank, world, step, total, per_epoch):
-        self.path, self.s, self.head, self.world = out / "log.jsonl", s, rank == 0, world
-        self.first, self.total, self.per_epoch = step, total, per_epoch
-        self.losses, self.faults, self.waited, self.step = [], set(), 0.0, step
-
-    def say(self, text):
-        if self.head:
-            print(text, flush=True)
-
-    def start(self, header, text):
-        """Drop the lines of steps that are about to be done again, then write the first line of this start."""
-        self.began = self.since = time.perf_counter()
-        if not self.head:
-            return
-        kept = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            try:
-                if json.loads(line)["step"] <= self.first:
-                    kept.append(line + "\n")
-            except ValueError:
-                pass  # the line that was being written when the run was killed
-        with data.atomic(self.path) as tmp:
-            tmp.write_text("".join(kept) + json.dumps(header) + "\n")
-        self.file = open(self.path, "a", buffering=1)
-        self.say(text)
-
-    def timed(self, loader):
-        """Pass the batches on and count the time spent waiting for them."""
-        batches = iter(loader)
-        while True:
-            began = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                return
-            self.waited += time.perf_counter() - began
-            yield batch
-
-    def add(self, loss, faults):
-        self.losses.append(loss.detach())
-        for fault in faults:
-            if fault and fault not in self.faults:
-                self.faults.add(fault)
-                print(f"skipped: {fault}", file=sys.stderr)
-
-    def check_loss(self, step):
-        """Stop, before anything is saved, if a loss since the last look is not finite."""
-        if self.losses and not torch.stack(self.losses).isfinite().all():
-            raise data.BadInput(f"the loss is no longer finite before step {step}; {self.path.parent} keeps the last "
-                                f"good checkpoint. Likely causes: a learning rate too high (--lr {self.s.lr:.3g}), too "
-                                f"small a lambda1 ({self.s.lambda1}), damaged videos or flow")
-
-    def line(self, step, values):
-        """One line for the steps since the last; every process calls it, the loss is the mean over them."""
-        loss = torch.stack(self.losses).mean()
-        if self.world > 1:
-            dist.all_reduce(loss)
-        now = time.perf_counter()
-        videos = (step - self.step) * self.s.batch_size * self.world
-        line = {"step": step, "epoch": step / self.per_epoch, "loss": loss.item() / self.world, **values,
-                "samples_per_s": videos / (now - self.since), "data_wait": self.waited / (now - self.since),
-                "skipped": len(self.faults)}
-        self.since, self.step, self.waited = now, step, 0.0
-        self.losses.clear()
-        if self.head:
-            self.file.write(json.dumps(line) + "\n")
-        left = timedelta(seconds=round((now - self.began) / (step - self.first) * (self.total - step)))
-        agree = f"  views agree {line['views_agree']:.2f}" if "views_agree" in line else ""
-        self.say(f"epoch {line['epoch']:.1f}/{self.s.epochs}  step {step}/{self.total}  loss {line['loss']:.3f}  "
-                 f"entropy {line['entropy']:.2f}  in use {line['prototypes_in_use']}{agree}  lr {line['lr']:.3g}  "
-                 f"{line['samples_per_s']:.1f} videos/s  waiting for data {line['data_wait']:.0%}  left {left}")
-
-    def end(self, step):
-        if step == self.first:
-            self.say(f"{self.path.parent} is complete: {self.total} steps were done before")
-        if self.faults:
-            print(f"{len(self.faults)} videos could not be read and were replaced; they are named above",
-                  file=sys.stderr)
-
-
 def train(s):
     """Pre-train with settings `s` (see `arguments`) -> exit status: 0 done, 128 + signal if asked to stop."""
     device, rank, world = start_processes(s)
@@ -337,13 +113,14 @@ def train(s):
 
     # --- data -------------------------------------------------------------------------------------------------------
     store = data.FlowStore(s.flow)
-    found = data.read_split(s.dataset, s.videos, s.splits, s.split, "train")
+    found = data.read_split(s.dataset, s.videos, s.splits, s.split, "train", s.index)
     videos = [v for v in found.videos if v.name in store]
     if not videos:
         raise data.BadInput(f"{s.flow} holds the flow of none of the {len(found.videos)} videos below {s.videos}; "
                             f"run: python flow.py --videos {s.videos} --out {s.flow}")
     clips = data.TrainClips(videos, store, frames=s.frames, short_frames=s.short_frames, n_short=s.short_crops,
-                            size=s.size, stride=s.stride, scale=tuple(s.scale), seed=s.seed, cache=s.cache)
+                            size=s.size, stride=s.stride, scale=tuple(s.scale), seed=s.seed, cache=s.cache,
+                            time_limit=s.time_limit)
 
     # --- network ----------------------------------------------------------------------------------------------------
     _, arrays = data.load_arrays(s.prototypes, "prototypes", f"python prototypes.py --out {s.prototypes}")
@@ -369,8 +146,9 @@ def train(s):
     log.start({"command": sys.argv, "commit": commit(), "torch": torch.__version__, "step": step,
                "ln_n": math.log(n), "videos": len(videos), "settings": settings},
               f"{s.method}: {len(videos)} videos ({len(found.absent)} listed but absent, "
-              f"{len(found.videos) - len(videos)} without flow), {per_epoch} steps an epoch of {s.batch_size} x "
-              f"{world} videos on {device}; {n} prototypes, ln N = {math.log(n):.3f}\n"
+              f"{len(found.faulty)} that do not decode, {len(found.videos) - len(videos)} without flow), {per_epoch} "
+              f"steps an epoch of {s.batch_size} x {world} videos on {device}; {n} prototypes, "
+              f"ln N = {math.log(n):.3f}\n"
               f"learning rate ({s.optimizer}) {s.lr_start:.4g} -> {s.lr:.4g} -> {s.lr_end:.4g}"
               + (f"; continuing at step {step} of {total}" if step else ""))
     net.train()
@@ -390,14 +168,18 @@ def train(s):
             logging = step % s.log_every == 0 or step == total
             saving = step % (s.save_every * per_epoch) == 0 or step == total
             asked = stop.asked(device, world) if world == 1 or logging else 0
-            if logging or saving or asked:
-                log.check_loss(step)
             if logging:
+                log.check_loss(step)
                 log.line(step, {"lr": learning_rate(step - 1, per_epoch, s), "guided": guided,
                                 **describe(assign(batch_scores, s, guided))})
-            if (saving or asked) and rank == 0:
+            broken = log.too_many_faults(len(videos)) if world == 1 or logging else None
+            if saving or asked or broken:
+                log.check_loss(step)
+            if (saving or asked or broken) and rank == 0:
                 data.save_checkpoint(out / "checkpoint.pt", {"settings": settings, "step": step, "model":
                                                              core.state_dict(), "optimizer": optimizer.state_dict()})
+            if broken:
+                raise data.BadInput(broken)
             if asked:
                 log.say(f"asked to stop (signal {asked}): saved step {step} of {total}; the same command continues")
                 return 128 + asked
@@ -453,6 +235,9 @@ def arguments(argv=None):
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     g.add_argument("--workers", type=int, help="loader processes (default: cores, at most 8)")
+    g.add_argument("--index", help="file of videos.py: leave out what it found not to decode")
+    g.add_argument("--time-limit", type=float, default=60, help="seconds for one video's clips")
+    g.add_argument("--max-faults", type=float, default=0.01, help="share of unreadable videos at which the run stops")
     g.add_argument("--cache", action="store_true", help="keep decoded videos in memory, once a loader process")
     g.add_argument("--log-every", type=int, default=20, help="steps")
     g.add_argument("--save-every", type=int, default=1, help="epochs")
@@ -460,10 +245,10 @@ def arguments(argv=None):
 
     world = int(os.environ.get("WORLD_SIZE", 1))
     for name in ("lambda1", "temperature", "iters", "width", "hidden", "frames", "short_frames", "stride", "size",
-                 "batch_size", "epochs", "log_every", "save_every"):
+                 "batch_size", "epochs", "log_every", "save_every", "time_limit"):
         if getattr(s, name) <= 0:
             raise data.BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: must be above 0")
-    for name in ("lambda2", "guide_start", "short_crops", "warmup_epochs"):
+    for name in ("lambda2", "guide_start", "short_crops", "warmup_epochs", "max_faults"):
         if getattr(s, name) < 0:
             raise data.BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: must not be negative")
     if s.scale is None:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data import BadInput, atomic, command_line, decode
 
-VERSION = 1
+VERSION = 2
 SETTINGS = {"train": 400, "test": 200, "size": 64, "frames": 18, "seed": 0, "fps": 25}
 # Seconds that one period lasts before the clip's own speed (x 0.77 to 1.3) is applied.
 PERIODS = {"Walk": 0.72, "Run": 0.64, "Jump": 0.60, "WaveOne": 0.54, "WaveBoth": 0.56, "JumpingJack": 0.84,
@@ -161,36 +161,22 @@ def colour(rng):
 
 
 def subject(rng):
-    """Body and clothes of one person -> dict of lengths in body heights, and for each part (colour, colour, bands)."""
+    """Body and clothes of one person -> dict of lengths in body heights, and for each part its colour."""
     build = {"trunk": rng.uniform(0.28, 0.33), "head": rng.uniform(0.07, 0.095), "shoulders": rng.uniform(0.09, 0.13),
              "hips": rng.uniform(0.05, 0.08), "arm": rng.uniform(0.165, 0.195), "leg": rng.uniform(0.22, 0.25),
-             "thick": rng.uniform(0.85, 1.35), "outline": [(15, 15, 15), (240, 240, 240)][rng.integers(2)]}
+             "thick": rng.uniform(1.3, 2.0), "outline": [(15, 15, 15), (240, 240, 240)][rng.integers(2)]}
     for part in ("head", "face", "trunk", "arm", "hand", "leg", "foot"):
-        build["wear_" + part] = (colour(rng), colour(rng), int(rng.integers(1, 6)))
+        build["wear_" + part] = colour(rng)
     return build
 
 
 def background(side, rng):
-    """A texture [side, side, 3] uint8: smooth noise at four scales under shapes of strong colours."""
+    """A texture [side, side, 3] uint8: coloured noise at three scales."""
     noise = np.zeros((side, side, 3), np.float32)
-    for cells, weight in ((4, 1.0), (10, 0.7), (26, 0.6), (60, 0.5)):
+    for cells, weight in ((4, 1.0), (10, 0.7), (26, 0.5)):
         coarse = rng.normal(0, weight, (cells, cells, 3)).astype(np.float32)
         noise += cv2.resize(coarse, (side, side), interpolation=cv2.INTER_CUBIC)
-    image = np.clip(noise / noise.std() * rng.uniform(25, 55) + rng.uniform(70, 185, 3), 0, 255).astype(np.uint8)
-    for _ in range(rng.integers(10, 26)):
-        x, y = rng.integers(0, side, 2).tolist()
-        r = rng.uniform(0.02, 0.10, 2) * side
-        kind = rng.integers(3)
-        if kind == 0:
-            axes = (int(r[0]) + 1, int(r[1]) + 1)
-            cv2.ellipse(image, (x, y), axes, int(rng.integers(180)), 0, 360, colour(rng), -1)
-        elif kind == 1:
-            corners = rng.normal((x, y), r.mean(), (int(rng.integers(3, 6)), 2)).astype(np.int32)
-            cv2.fillConvexPoly(image, cv2.convexHull(corners), colour(rng))
-        else:  # a bar as thick and long as a limb
-            end = rng.normal((x, y), 0.12 * side).astype(int).tolist()
-            cv2.line(image, (x, y), end, colour(rng), int(rng.uniform(0.02, 0.05) * side))
-    return image
+    return np.clip(noise / noise.std() * rng.uniform(12, 30) + rng.uniform(70, 185, 3), 0, 255).astype(np.uint8)
 
 
 def camera(t, rng):
@@ -203,39 +189,36 @@ def camera(t, rng):
         size = speed * np.sqrt(2 / n) * periods / (2 * np.pi)
         return (size * np.sin(2 * np.pi * (t[:, None, None] / periods + rng.random((n, 2))))).sum(1)
 
-    shake = waves(rng.uniform(4, 10), 0.2, 0.6, 4)
-    drift = waves(rng.uniform(0, 8), 1.5, 3.0, 1)
-    return shake, drift, waves(rng.uniform(0, 4), 0.3, 0.9, 2)[:, 0]
+    shake = waves(rng.uniform(1.2, 3), 0.2, 0.6, 4)
+    drift = waves(rng.uniform(0, 2.4), 1.5, 3.0, 1)
+    return shake, drift, waves(rng.uniform(0, 1.2), 0.3, 0.9, 2)[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rendering
 # ---------------------------------------------------------------------------------------------------------------------
-def limb(a, b, ra, rb, wear, outline, edge):
-    """The shapes of a limb over T frames: a rim, then bands across it in two colours.
+def limb(a, b, ra, rb, edge):
+    """The outlines of a limb over T frames, a rim's and its own, in 1/16 px.
 
-    a, b: its ends [T, 2] px. ra, rb: its radii there. wear: (colour, colour, number of bands). edge: width of the rim.
-    Returns two layers (ra, rb, colours of n bands, corners [T, n, 4, 2] in 1/16 px).
+    a, b: its ends [T, 2] px. ra, rb: its radii there. edge: width of the rim.
+    Returns two layers (ra, rb, corners [T, 4, 2]).
     """
     axis = b - a
     across = axis[:, ::-1] * (-1, 1) / np.maximum(np.linalg.norm(axis, axis=1, keepdims=True), 1e-6)
     layers = []
-    for ra_, rb_, paints in ((ra + edge, rb + edge, [outline]), (ra, rb, [wear[i % 2] for i in range(wear[2])])):
-        at = np.linspace(0, 1, len(paints) + 1)[:, None, None]  # [n+1, 1, 1]
-        left, right = (a + at * axis + sign * (ra_ + at * (rb_ - ra_)) * across for sign in (-1, 1))  # [n+1, T, 2]
-        corners = np.stack([left[:-1], right[:-1], right[1:], left[1:]], axis=2).swapaxes(0, 1)
-        layers.append((ra_, rb_, paints, np.rint(16 * corners).astype(np.int32)))
+    for ra_, rb_ in ((ra + edge, rb + edge), (ra, rb)):
+        corners = np.stack([a - ra_ * across, a + ra_ * across, b + rb_ * across, b - rb_ * across], axis=1)
+        layers.append((ra_, rb_, np.rint(16 * corners).astype(np.int32)))
     return layers
 
 
-def draw(image, a, b, layers, i):
-    """Draw frame i of a limb from a to b [T, 2], px."""
+def draw(image, a, b, layers, paints, i):
+    """Draw frame i of a limb from a to b [T, 2], px, in the colours of the rim and of the limb."""
     a, b = (tuple(np.rint(16 * p[i]).astype(int).tolist()) for p in (a, b))
-    for ra, rb, paints, corners in layers:
-        cv2.circle(image, a, round(16 * ra), paints[0], -1, cv2.LINE_8, 4)
-        cv2.circle(image, b, round(16 * rb), paints[-1], -1, cv2.LINE_8, 4)
-        for paint, quad in zip(paints, corners[i], strict=True):
-            cv2.fillConvexPoly(image, quad, paint, cv2.LINE_8, 4)
+    for (ra, rb, corners), paint in zip(layers, paints, strict=True):
+        cv2.circle(image, a, round(16 * ra), paint, -1, cv2.LINE_8, 4)
+        cv2.circle(image, b, round(16 * rb), paint, -1, cv2.LINE_8, 4)
+        cv2.fillConvexPoly(image, corners[i], paint, cv2.LINE_8, 4)
 
 
 def render(action, size, frames, fps, person, rng):
@@ -248,8 +231,8 @@ def render(action, size, frames, fps, person, rng):
     unit = canvas / 64
     cycle = rng.random() + t / (PERIODS[action] * np.exp(rng.uniform(-0.26, 0.26)))
     strength, side, sign = rng.uniform(0.85, 1.1), rng.integers(2), rng.choice([-1, 1])
-    height, elevation = rng.uniform(0.62, 0.74) * canvas, np.radians(rng.uniform(0, 12))
-    foot = np.array([0.5 + rng.uniform(-0.08, 0.08), rng.uniform(0.90, 0.94)]) * canvas
+    height, elevation = rng.uniform(0.78, 0.88) * canvas, np.radians(rng.uniform(0, 12))
+    foot = np.array([0.5 + rng.uniform(-0.14, 0.14), rng.uniform(0.89, 0.95)]) * canvas
     shake, drift, roll = camera(t, rng)
     pose = rest(t, rng)
     texture = background(canvas * 8 // 5, rng)
@@ -272,19 +255,19 @@ def render(action, size, frames, fps, person, rng):
         parts += [(f"hip{k}", f"knee{k}", 0.048, 0.036, "leg"), (f"knee{k}", f"ankle{k}", 0.036, 0.026, "leg"),
                   (f"ankle{k}", f"toe{k}", 0.026, 0.022, "foot"), (f"shoulder{k}", f"elbow{k}", 0.034, 0.028, "arm"),
                   (f"elbow{k}", f"hand{k}", 0.028, 0.022, "hand")]
-    limbs = []  # (depth [T], end [T, 2], end [T, 2], layers)
+    limbs = []  # (depth [T], end [T, 2], end [T, 2], layers, colours)
     for a, b, ra, rb, part in parts:
-        layers = limb(flat[a], flat[b], ra * thick * height, rb * thick * height, person["wear_" + part],
-                      person["outline"], 0.012 * height)
-        limbs.append((depth[a] + depth[b], flat[a], flat[b], layers))
+        layers = limb(flat[a], flat[b], ra * thick * height, rb * thick * height, 0.012 * height)
+        paints = (person["outline"], person["wear_" + part])
+        limbs.append((depth[a] + depth[b], flat[a], flat[b], layers, paints))
 
     film = []
     for i in range(frames):
         turn = cv2.getRotationMatrix2D((texture.shape[1] / 2, texture.shape[0] / 2), -roll[i], 1.0)
         turn[:, 2] += (shake[i] + drift[i]) * unit - (np.array(texture.shape[1::-1]) - canvas) / 2
         image = cv2.warpAffine(texture, turn, (canvas, canvas), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
-        for _, a, b, layers in sorted(limbs, key=lambda x: x[0][i]):  # the nearest last
-            draw(image, a, b, layers, i)
+        for _, a, b, layers, paints in sorted(limbs, key=lambda x: x[0][i]):  # the nearest last
+            draw(image, a, b, layers, paints, i)
         film.append(cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA))
     return film
 

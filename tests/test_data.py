@@ -349,14 +349,18 @@ def test_colour_operations_one_by_one():
     x = torch.rand(1, 2, 8, 8, 3, generator=torch.Generator().manual_seed(0)) * 0.6 + 0.2
     at = lambda **k: torch.tensor([[0.0, k.get("b", 1), k.get("c", 1), k.get("s", 1), k.get("h", 0),  # noqa: E731
                                     k.get("sigma", 0)]])
-    torch.testing.assert_close(data.colour(x, at(b=1.2)), x * 1.2)
-    grey = data.colour(x, at(s=0.0))
+
+    def colour(x, params):
+        return data.colour(x.movedim(-1, 1), params).movedim(1, -1)
+
+    torch.testing.assert_close(colour(x, at(b=1.2)), x * 1.2)
+    grey = colour(x, at(s=0.0))
     torch.testing.assert_close(grey, (x @ torch.tensor(data.GREY))[..., None].expand_as(x), atol=1e-6, rtol=1e-5)
     mean = (x @ torch.tensor(data.GREY)).mean()
-    torch.testing.assert_close(data.colour(x, at(c=0.7)), 0.7 * x + 0.3 * mean)
-    luma = data.colour(x, at(h=0.05)) @ torch.tensor(data.GREY)  # hue turns colour, not brightness
+    torch.testing.assert_close(colour(x, at(c=0.7)), 0.7 * x + 0.3 * mean)
+    luma = colour(x, at(h=0.05)) @ torch.tensor(data.GREY)  # hue turns colour, not brightness
     torch.testing.assert_close(luma, x @ torch.tensor(data.GREY), atol=2e-3, rtol=0)
-    blurred = data.colour(x, at(sigma=1.3))
+    blurred = colour(x, at(sigma=1.3))
     expected = cv2.GaussianBlur(x[0, 1].numpy(), (13, 13), 1.3, borderType=cv2.BORDER_REFLECT_101)
     np.testing.assert_allclose(blurred[0, 1], expected, atol=1e-5)
 

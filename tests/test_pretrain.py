@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -301,6 +302,44 @@ def test_videos_without_flow_are_counted(tiny, tmp_path, capsys):
         (store / name).symlink_to(tiny.flow / name)
     assert run(tiny, tmp_path / "run", "--flow", str(store), "--epochs", "1", "--batch-size", "4") == 0
     assert "without flow" in capsys.readouterr().out
+
+
+def damaged(tiny, tmp_path, count):
+    """A copy of the set's films of which `count` training films are empty -> arguments."""
+    videos = tmp_path / "videos"
+    shutil.copytree(tiny.videos, videos)
+    listed = (tiny.splits / "trainlist01.txt").read_text().split()[::2]
+    for name in listed[:count]:
+        (videos / name).write_bytes(b"")
+    return ["--videos", str(videos)], [str(videos / name) for name in listed[:count]]
+
+
+def test_a_bad_video_is_replaced_named_once_and_counted(tiny, tmp_path, capsys):
+    more, (path,) = damaged(tiny, tmp_path, 1)
+    assert run(tiny, tmp_path / "run", *more) == 0
+    said = capsys.readouterr().err
+    assert said.count(f"skipped: {path} is empty") == 1 and "1 videos could not be read and were replaced" in said
+    assert [line["skipped"] for line in log(tmp_path / "run")[1:]][-1] == 1
+
+
+def test_too_many_bad_videos_stop_the_run_and_nothing_is_lost(tiny, tmp_path):
+    more, _ = damaged(tiny, tmp_path, 3)
+    with pytest.raises(data.BadInput, match=r"[23] of 20 videos could not be read, more than --max-faults 0.01"):
+        run(tiny, tmp_path / "run", *more)
+    stopped = data.load_checkpoint(tmp_path / "run")["step"]
+    assert stopped >= 1
+    assert run(tiny, tmp_path / "run", *more, "--max-faults", "0.5") == 0
+    steps = [line["step"] for line in log(tmp_path / "run") if "loss" in line]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_videos_that_the_index_knows_to_be_bad_are_left_out(tiny, tmp_path, capsys):
+    more, _ = damaged(tiny, tmp_path, 3)
+    data.scan(more[1], tmp_path / "index.npz", workers=1)
+    assert run(tiny, tmp_path / "run", *more, "--index", str(tmp_path / "index.npz"), "--batch-size", "8") == 0
+    said = capsys.readouterr()
+    assert "17 videos (0 listed but absent, 3 that do not decode, 0 without flow)" in said.out
+    assert "skipped" not in said.err
 
 
 def test_status_and_sentence_of_the_command(tmp_path):

@@ -100,7 +100,7 @@ def test_the_action_changes_no_other_draw():
     assert all(s == states[0] for s in states)
     assert all(np.array_equal(f[:, :5, :5], films[0][:, :5, :5]) for f in films)  # a corner that no figure reaches
     assert all((f[:, 16:48, 16:48] != films[0][:, 16:48, 16:48]).any() for f in films[1:])
-    assert np.abs(np.diff(films[0][:, :5, :5].astype(float), axis=0)).mean() > 1  # and the camera moves
+    assert np.abs(np.diff(films[0][:, :5, :5].astype(float), axis=0)).mean() > 0.3  # and the camera moves
 
 
 @pytest.mark.parametrize("action", ACTIONS)
