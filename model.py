@@ -11,14 +11,18 @@ CoCLR and ViCC; R(2+1)D-18 `pool="1x2x2"` is the released 2048-d feature), head 
 norm (released), batch norm of the shared head sees one view at a time.
 """
 
+from contextlib import contextmanager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 VIEWS = ("rgb", "flow")
 CHANNELS = {"rgb": 3, "flow": 2}
 # Method -> how the views meet in the network. Sep differs from GOCA at the assignment only (section 4.1).
-METHODS = {"goca": "shared", "sep": "shared", "sview": "separate", "avg": "average"}
+# ViCC (Toering et al., WACV 2022) differs at the loss: each view predicts the other's assignments.
+METHODS = {"goca": "shared", "sep": "shared", "vicc": "shared", "sview": "separate", "avg": "average"}
 
 
 def scaled(channels, width):
@@ -148,10 +152,26 @@ ARCHITECTURES = {"s3d": S3D, "r2plus1d18": R2Plus1D18}
 # ---------------------------------------------------------------------------------------------------------------------
 # Backbone + pooling, head, prototypes
 # ---------------------------------------------------------------------------------------------------------------------
+@contextmanager
+def statistics_kept(layer):
+    """Let the batch norms of a layer leave their running statistics as they are."""
+    norms = [m for m in layer.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [m.momentum for m in norms]
+    for m in norms:
+        m.momentum = 0.0
+    try:
+        yield
+    finally:
+        for m, momentum in zip(norms, before, strict=True):
+            m.momentum = momentum
+
+
 class Backbone(nn.Module):
     """A network and its pooling: clips [B, C, T, S, S] -> features [B, feature_dim], float32.
 
     pool: "avg" (global average) or "1x2x2" (time averaged, 2 x 2 in space: 2048-d for R(2+1)D-18, released code).
+    recompute: an attribute; True keeps no activations inside the layers but computes them again in the backward pass,
+        for less memory and a third more time.
     Raises ValueError for clips smaller than the network's strides allow.
     """
 
@@ -160,6 +180,7 @@ class Backbone(nn.Module):
         self.net = ARCHITECTURES[arch](in_channels, width)
         self.pool = {"avg": 1, "1x2x2": 2}[pool]
         self.feature_dim = self.net.out_channels * self.pool ** 2
+        self.recompute = False
         for m in self.modules():
             if isinstance(m, nn.Conv3d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -169,7 +190,12 @@ class Backbone(nn.Module):
         if t < self.net.min_frames or s < self.net.min_size:
             raise ValueError(f"clips of {t} frames and {s} px are too small for {type(self.net).__name__}, which needs "
                              f"{self.net.min_frames} frames and {self.net.min_size} px")
-        x = self.net(x)
+        if self.recompute and self.training:
+            for layer in self.net.layers:
+                x = checkpoint(layer, x, use_reentrant=False,
+                               context_fn=lambda layer=layer: (nullcontext(), statistics_kept(layer)))
+        else:
+            x = self.net(x)
         return F.adaptive_avg_pool3d(x, (1, self.pool, self.pool)).flatten(1).float()
 
 
@@ -185,38 +211,53 @@ class Head(nn.Sequential):
 class TwoView(nn.Module):
     """Two backbones, a projection head and the fixed prototypes (Fig. 2).
 
-    prototypes: [N, d] unit rows, a buffer: saved with the weights, never trained (section 3.3).
+    prototypes: [N, d] unit rows, a buffer: saved with the weights, never trained (section 3.3), unless
+        `train_prototypes` (SwAV's way, Table 3 "No"): then a parameter, which `renormalise` puts back on the sphere.
     merge: how the views meet before the assignment. "shared": one head for both (GOCA, Sep). "separate": a head each
-        (SView: two independent networks). "average": the mean of the two features goes through one head (Avg).
+        (SView: two independent networks; GOCA with `heads` 2). "average": their mean goes through one head (Avg).
     """
 
-    def __init__(self, prototypes, arch="s3d", width=1.0, hidden=2048, pool="avg", merge="shared"):
+    def __init__(self, prototypes, arch="s3d", width=1.0, hidden=2048, pool="avg", merge="shared",
+                 train_prototypes=False):
         super().__init__()
         self.backbones = nn.ModuleDict({v: Backbone(arch, CHANNELS[v], width, pool) for v in VIEWS})
         feature_dim = self.backbones["rgb"].feature_dim
         n_heads = 2 if merge == "separate" else 1
         self.heads = nn.ModuleList(Head(feature_dim, hidden, prototypes.shape[1]) for _ in range(n_heads))
-        self.register_buffer("prototypes", F.normalize(prototypes.float(), dim=1))
+        prototypes = F.normalize(prototypes.float(), dim=1)
+        if train_prototypes:
+            self.prototypes = nn.Parameter(prototypes)
+        else:
+            self.register_buffer("prototypes", prototypes)
         self.merge = merge
 
     def features(self, view, clips):
         """Backbone features of one view: clips [B, C, T, S, S] -> [B, feature_dim]."""
         return self.backbones[view](clips)
 
-    def forward(self, clips):
+    def forward(self, clips, frozen=None):
         """Clips -> unit features [G, V, m, d] (G = 2 views, or 1 for "average"; V crops; m videos).
 
         clips: a list over lengths (long, short) of {"rgb": [m, v, 3, T, S, S], "flow": [m, v, 2, T, S, S]}.
+        frozen: a view that gets no gradient.
         """
         m = clips[0]["rgb"].shape[0]
         feats = []
         for view in VIEWS:
-            per_length = [self.features(view, c[view].flatten(0, 1)).unflatten(0, (m, -1)) for c in clips]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and view != frozen):
+                per_length = [self.features(view, c[view].flatten(0, 1)).unflatten(0, (m, -1)) for c in clips]
             feats.append(torch.cat(per_length, dim=1).transpose(0, 1).flatten(0, 1))  # [V m, feature_dim], crop first
         if self.merge == "average":
             feats = [(feats[0] + feats[1]) / 2]
-        out = torch.stack([self.heads[i % len(self.heads)](f) for i, f in enumerate(feats)])  # [G, V m, d]
+        out = [self.heads[i % len(self.heads)](f) for i, f in enumerate(feats)]  # G of [V m, d]
+        out = torch.stack([f.detach() if view == frozen else f for view, f in zip(VIEWS, out, strict=False)])
         return F.normalize(out.float(), dim=-1).unflatten(1, (-1, m))
+
+    @torch.no_grad()
+    def renormalise(self):
+        """Give the rows of trained prototypes unit length again, after an optimizer step."""
+        if isinstance(self.prototypes, nn.Parameter):
+            self.prototypes.copy_(F.normalize(self.prototypes, dim=1))
 
     def scores(self, features):
         """Similarities S = F P^T, float32 whatever autocast says: [..., d] -> [..., N]."""
@@ -227,8 +268,10 @@ class TwoView(nn.Module):
 def two_view(settings, prototypes):
     """The TwoView that a run's settings describe, freshly initialised from settings["seed"].
 
-    settings: arch, width, hidden, pool, method, seed, as pretrain.py stores them. prototypes: [N, d].
+    settings: arch, width, hidden, pool, method, heads, train_prototypes, seed, as pretrain.py stores them.
+    prototypes: [N, d].
     """
     torch.manual_seed(settings["seed"])
-    return TwoView(prototypes, settings["arch"], settings["width"], settings["hidden"], settings["pool"],
-                   METHODS[settings["method"]])
+    merge = "separate" if settings.get("heads") == 2 else METHODS[settings["method"]]
+    return TwoView(prototypes, settings["arch"], settings["width"], settings["hidden"], settings["pool"], merge,
+                   settings.get("train_prototypes", False))

@@ -117,7 +117,8 @@ def load_checkpoint(path):
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # torch, zipfile and pickle each have their own words
-        raise BadInput(f"{file} is damaged or no checkpoint of this project ({str(e).splitlines()[0]})") from e
+        why = (str(e).splitlines() or [type(e).__name__])[0]
+        raise BadInput(f"{file} is damaged or no checkpoint of this project ({why})") from e
     if not isinstance(state, dict) or state.get("kind") != "checkpoint" or state.get("version") != 1:
         raise BadInput(f"{file} is no checkpoint of this project (version 1)")
     return state

@@ -3,6 +3,7 @@
 Used by pretrain.py and evaluate.py; the method is not here.
 """
 
+import ctypes
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -57,6 +59,19 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_add_(params, momenta, alpha=-group["lr"])
 
 
+@torch.no_grad()
+def drop_if_not_finite(params):
+    """Take all gradients for zero if one of them is not finite -> whether all were, a tensor on their device.
+
+    Nothing waits for the device: the caller reads the answers when it logs.
+    """
+    params = [p for p in params if p.grad is not None]
+    finite = torch.stack(torch._foreach_norm([p.grad for p in params])).sum().isfinite()
+    for p in params:
+        p.grad = torch.where(finite, p.grad, 0.0)
+    return finite
+
+
 def learning_rate(step, steps_per_epoch, s):
     """Linear warm-up from lr_start to lr, then a cosine to lr_end (section 4); `step` counts from 0."""
     warm, total = s.warmup_epochs * steps_per_epoch, s.epochs * steps_per_epoch
@@ -101,6 +116,15 @@ def synchronise_batch_norm(net, device):
     return net
 
 
+def keep_memory():
+    """Let the C library keep what torch frees, where it is glibc: handed back and faulted in anew at every step, the
+    pages of a small network cost 18 % of its time on a CPU."""
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def start_processes(s):
     """Join the process group if torchrun started us -> (device, rank, world)."""
     kind = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,6 +132,8 @@ def start_processes(s):
         raise data.BadInput("--device cuda, but torch sees no GPU (torch.cuda.is_available() is false)")
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    if kind == "cpu":
+        keep_memory()
     if kind == "cuda":
         torch.cuda.set_device(device)
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -168,16 +194,19 @@ def commit():
 class Log:
     """RUN/log.jsonl and the terminal: what happened since the last line, averaged. Only rank 0 writes."""
 
-    def __init__(self, out, s, rank, world, step, total, per_epoch):
+    IN_A_ROW = 5  # steps without a finite gradient that end the run
+
+    def __init__(self, out, s, rank, world, step, total, per_epoch, ln_n):
         self.path, self.s, self.head, self.world = out / "log.jsonl", s, rank == 0, world
-        self.first, self.total, self.per_epoch = step, total, per_epoch
-        self.losses, self.faults, self.waited, self.step = [], {}, 0.0, step
+        self.first, self.total, self.per_epoch, self.ln_n = step, total, per_epoch, ln_n
+        self.losses, self.finite, self.faults, self.waited, self.step = [], [], {}, 0.0, step
+        self.dropped = self.row = 0
 
     def say(self, text):
         if self.head:
             print(text, flush=True)
 
-    def start(self, header, text):
+    def start(self, header):
         """Drop the lines of steps that are about to be done again, then write the first line of this start."""
         self.began = self.since = time.perf_counter()
         if not self.head:
@@ -192,7 +221,6 @@ class Log:
         with data.atomic(self.path) as tmp:
             tmp.write_text("".join(kept) + json.dumps(header) + "\n")
         self.file = open(self.path, "a", buffering=1)
-        self.say(text)
 
     def timed(self, loader):
         """Pass the batches on and count the time spent waiting for them."""
@@ -205,19 +233,27 @@ class Log:
             self.waited += time.perf_counter() - began
             yield batch
 
-    def add(self, loss, faults):
+    def add(self, loss, finite, faults):
+        """One step: its loss, and whether its gradient was finite, both left on the device; its unreadable videos."""
         self.losses.append(loss.detach())
+        self.finite.append(finite)
         for fault in faults:
             if fault and fault not in self.faults:
                 self.faults[fault] = True
                 print(f"skipped: {fault}", file=sys.stderr)
 
-    def check_loss(self, step):
-        """Stop, before anything is saved, if a loss since the last look is not finite."""
-        if self.losses and not torch.stack(self.losses).isfinite().all():
-            raise data.BadInput(f"the loss is no longer finite before step {step}; {self.path.parent} keeps the last "
-                                f"good checkpoint. Likely causes: a learning rate too high (--lr {self.s.lr:.3g}), too "
-                                f"small a lambda1 ({self.s.lambda1}), damaged videos or flow")
+    def check_finite(self, step):
+        """Count the steps whose gradient was dropped. Raises BadInput after IN_A_ROW in a row, before anything is
+        saved. Every process sees the same gradients, so all of them raise."""
+        for finite in torch.stack(self.finite).tolist() if self.finite else ():
+            self.row = 0 if finite else self.row + 1
+            self.dropped += not finite
+        self.finite.clear()
+        if self.row >= self.IN_A_ROW:
+            raise data.BadInput(f"the gradient was not finite in the last {self.row} steps before step {step}; "
+                                f"{self.path.parent} keeps the last good checkpoint. Likely causes: a learning rate "
+                                f"too high (--lr {self.s.lr:.3g}), too small a lambda1 ({self.s.lambda1}), damaged "
+                                f"weights")
 
     def too_many_faults(self, videos):
         """A sentence if more than the share --max-faults of the videos could not be read (one never is too many)."""
@@ -230,7 +266,7 @@ class Log:
     def line(self, step, values):
         """One line for the steps since the last; every process calls it: the loss is the mean over them, the faults are
         those of all."""
-        loss = torch.stack(self.losses).mean()
+        loss = torch.stack(self.losses).nanmean()
         if self.world > 1:
             dist.all_reduce(loss)
             everyone = [None] * self.world
@@ -240,7 +276,7 @@ class Log:
         videos = (step - self.step) * self.s.batch_size * self.world
         line = {"step": step, "epoch": step / self.per_epoch, "loss": loss.item() / self.world, **values,
                 "samples_per_s": videos / (now - self.since), "data_wait": self.waited / (now - self.since),
-                "skipped": len(self.faults)}
+                "skipped": len(self.faults), "dropped": self.dropped}
         self.since, self.step, self.waited = now, step, 0.0
         self.losses.clear()
         if self.head:
@@ -250,10 +286,38 @@ class Log:
         self.say(f"epoch {line['epoch']:.1f}/{self.s.epochs}  step {step}/{self.total}  loss {line['loss']:.3f}  "
                  f"entropy {line['entropy']:.2f}  in use {line['prototypes_in_use']}{agree}  lr {line['lr']:.3g}  "
                  f"{line['samples_per_s']:.1f} videos/s  waiting for data {line['data_wait']:.0%}  left {left}")
+        for warning in self.collapse(line):
+            self.say(f"  warning: {warning}")
+
+    def collapse(self, line):
+        """Sentences about what a collapsed network looks like, once the warm-up is over."""
+        if line["epoch"] <= self.s.warmup_epochs:
+            return
+        if line["loss"] > 0.99 * self.ln_n:
+            yield f"the loss is still ln N = {self.ln_n:.3f}, what a network says that has learned nothing"
+        if line["rank"] < 2:
+            yield f"the features of the batch have rank {line['rank']:.1f}: they are all but one vector"
+        if line["prototypes_in_use"] <= 2:
+            yield f"only {line['prototypes_in_use']} prototype(s) in use"
+
+    def planned(self, step, steps=4):
+        """After a few steps (the first warms up) say how long all would take -> whether that is said."""
+        done = step - self.first
+        if done == 1:
+            self.since = time.perf_counter()
+        if done < steps and step < self.total:
+            return False
+        seconds = (time.perf_counter() - self.since) / max(1, done - 1)
+        whole = timedelta(seconds=round(seconds * (self.total - self.first)))
+        self.say(f"a step takes {seconds:.2f} s, all that are left {whole} and "
+                 f"{self.world * seconds * (self.total - self.first) / 3600:.1f} device-hours; nothing was written")
+        return True
 
     def end(self, step):
         if step == self.first:
             self.say(f"{self.path.parent} is complete: {self.total} steps were done before")
+        if self.dropped:
+            self.say(f"{self.dropped} steps had a gradient that was not finite and changed nothing")
         if self.faults:
             print(f"{len(self.faults)} videos could not be read and were replaced; they are named above",
                   file=sys.stderr)

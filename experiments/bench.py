@@ -1,6 +1,6 @@
 """Every claim of speed as a ratio against its baseline, both measured in one run: `python -m experiments.bench`.
 
-In   rows to run (all by default): operator
+In   rows to run (all by default): operator loader prototypes
 Out  a table, and with --json FILE a list of objects {row, case, device, threads, baseline_ms, ours_ms, ratio, floor_ms}
 
 Ours and the baseline take turns and the medians are compared, so that a neighbour's load meets both. Each row first
@@ -10,58 +10,20 @@ bandwidth it measures, or the exponentials over the rate it measures, whichever 
 operator  guided loss, forward and backward, float32. Baseline: the way of the released code, written from its
           description: one Sinkhorn a call in the exp domain, the log-softmax again for each pair of crops, autograd.
           About 40 seconds.
+loader    from files to 2 long and 4 short augmented clips of both views (experiments/bench_data.py).
+prototypes  Eq. 11 for 1000 x 128 against SGD as published (experiments/bench_data.py).
 """
 
 import argparse
 import json
-import statistics
 import sys
-import time
 
 import torch
 
 import goca
 from data import atomic, command_line
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def in_turns(calls, device, seconds=4.0, least=5):
-    """Median milliseconds of each call, taking turns for about `seconds` and at least `least` rounds."""
-
-    def once(call):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return 1e3 * (time.perf_counter() - start)
-
-    for call in calls:  # warm-up: first calls allocate
-        once(call), once(call)
-    times = [[] for _ in calls]
-    end = time.perf_counter() + seconds
-    while len(times[0]) < least or time.perf_counter() < end:
-        for call, ts in zip(calls, times, strict=True):
-            ts.append(once(call))
-    return [statistics.median(ts) for ts in times]
-
-
-def machine_rates(device):
-    """(bytes a second of a copy in memory, float32 exponentials a second on data in cache), with all threads."""
-    source = torch.rand(2**25, device=device)
-    target = torch.empty_like(source)
-    small = torch.rand(2**17 if device.type == "cpu" else 2**22, device=device)
-    copied, raised = in_turns([lambda: target.copy_(source), lambda: [torch.exp(small, out=target[:small.numel()])
-                                                                      for _ in range(20)]], device, seconds=2)
-    return 2 * 4 * source.numel() / (copied / 1e3), 20 * small.numel() / (raised / 1e3)
-
-
-def row(name, case, device, baseline_ms, ours_ms, floor_ms=None):
-    return {"row": name, "case": case, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(), "baseline_ms": round(baseline_ms, 4), "ours_ms": round(ours_ms, 4),
-            "ratio": round(baseline_ms / ours_ms, 2), "floor_ms": None if floor_ms is None else round(floor_ms, 4)}
+from experiments.bench_data import loader, prototypes
+from experiments.measure import in_turns, machine_rates, row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,7 +55,7 @@ def exp_domain_loss(scores, lambda1=0.02, lambda2=0.03, rounds=3, assigning=2, t
     return loss / (2 * assigning * (scores.shape[1] - 1))
 
 
-def operator(device):
+def operator(device, videos):
     bandwidth, exp_rate = machine_rates(device)
     print(f"{bandwidth / 1e9:.1f} GB/s copied, {exp_rate / 1e9:.2f} G exponentials/s", file=sys.stderr)
     crops, n = 6, 1000
@@ -124,13 +86,14 @@ def operator(device):
                   device, baseline_ms, ours_ms, 1e3 * floor)
 
 
-ROWS = {"operator": operator}
+ROWS = {"operator": operator, "loader": loader, "prototypes": prototypes}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"from: {' '.join(ROWS)} (default: all)")
     parser.add_argument("--json", metavar="FILE", help="write the rows as a JSON list")
+    parser.add_argument("--videos", metavar="DIR", help="real films for the rows that read some (default: generated)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu or cuda (default: %(default)s)")
     args = parser.parse_args()
@@ -138,7 +101,7 @@ def main():
         parser.error(f"no such row: {', '.join(sorted(unknown))}; there are: {' '.join(ROWS)}")
     rows = []
     for name in args.rows or ROWS:
-        for result in ROWS[name](torch.device(args.device)):
+        for result in ROWS[name](torch.device(args.device), args.videos):
             rows.append(result)
             floor = "" if result["floor_ms"] is None else f", floor {result['floor_ms']:.3f} ms"
             print(f"{name}: {result['case']} [{result['device']}, {result['threads']} threads]: baseline "

@@ -84,12 +84,12 @@ def fake_clips(m):
     return [{"rgb": torch.randn(m, v, 3, 8, 32, 32), "flow": torch.randn(m, v, 2, 8, 32, 32)} for v in (2, 1)]
 
 
-@pytest.mark.parametrize("method", model.METHODS)
+@pytest.mark.parametrize("method", sorted(set(model.METHODS) - {"vicc"}))
 def test_step_loss_is_the_methods_formula(method):
     s = settings(method=method, width=0.125, hidden=16, lambda1=0.05, lambda2=0.04)
     net = model.two_view(vars(s), torch.randn(12, 6))
     clips = fake_clips(4)
-    loss, _ = pretrain.step_loss(net, clips, s, guided=method == "goca")
+    loss, *_ = pretrain.step_loss(net, clips, s, guided=method == "goca")
     scores = net.scores(net(clips)).detach()  # training mode: batch statistics, so the same features again
     plain = goca.assign(scores[:, :2], 0.05, impl="reference")
     if method == "goca":
@@ -102,6 +102,57 @@ def test_step_loss_is_the_methods_formula(method):
     pairs = [(a, v) for a in range(2) for v in range(3) if a != v]
     expected = torch.stack([-(d[:, a] * log_g[:, v]).sum(-1).mean() for a, v in pairs]).mean()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_vicc_predicts_each_assignment_from_all_other_crops():
+    s = settings(method="vicc", width=0.125, hidden=16, lambda1=0.05)
+    net = model.two_view(vars(s), torch.randn(12, 6))
+    clips = fake_clips(4)
+    loss, *_ = pretrain.step_loss(net, clips, s, False, frozen="flow")
+    scores = net.scores(net(clips)).detach()
+    d, log_g = goca.assign(scores[:, :2], 0.05, impl="reference").exp(), torch.log_softmax(scores / 0.1, -1)
+    terms = [-(d[g, a] * log_g[h, v]).sum(-1).mean() for g in range(2) for a in range(2) for h in range(2)
+             for v in range(3) if (g, a) != (h, v)]
+    assert len(terms) == 20
+    torch.testing.assert_close(loss.detach(), torch.stack(terms).mean(), rtol=1e-4, atol=1e-5)
+    loss.backward()
+    moved = {view: sum(p.grad is not None and bool(p.grad.any()) for p in net.backbones[view].parameters())
+             for view in model.VIEWS}
+    assert moved["flow"] == 0 < moved["rgb"]
+
+
+def test_vicc_views_take_turns():
+    s = settings(method="vicc", alternate=3)
+    assert [pretrain.phase(epoch * 7, 7, s) for epoch in (0, 2, 3, 5, 6)] == [
+        (False, "flow"), (False, "flow"), (False, "rgb"), (False, "rgb"), (False, "flow")]
+
+
+def test_trained_prototypes_move_and_stay_on_the_sphere(tiny, whole, tmp_path):
+    assert run(tiny, tmp_path / "run", "--train-prototypes", "--epochs", "1") == 0
+    before = data.load_arrays(tiny.prototypes, "prototypes", "")[1]["prototypes"]
+    after = weights(tmp_path / "run")["prototypes"]
+    assert (after - torch.from_numpy(before)).norm() > 1e-3
+    torch.testing.assert_close(after.norm(dim=1), torch.ones(24))
+
+
+def test_two_heads_are_two():
+    net = model.two_view({**vars(settings(width=0.125, hidden=16)), "heads": 2}, torch.randn(12, 6))
+    assert len(net.heads) == 2
+
+
+def test_recomputing_activations_changes_nothing_but_memory():
+    s = settings(width=0.125, hidden=16)
+    nets = [model.two_view(vars(s), torch.randn(12, 6, generator=torch.Generator().manual_seed(0))) for _ in range(2)]
+    for backbone in nets[1].backbones.values():
+        backbone.recompute = True
+    clips = fake_clips(4)
+    for net in nets:
+        pretrain.step_loss(net, clips, s, True)[0].backward()
+    for (name, a), b in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
+    for (name, a), b in zip(nets[0].named_buffers(), nets[1].buffers(), strict=True):
+        if "num_batches" not in name:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_prior_sign_reaches_the_assignment():
@@ -117,7 +168,7 @@ def test_sview_views_do_not_touch_each_other():
     s = settings(method="sview", width=0.125, hidden=16)
     net = model.two_view(vars(s), torch.randn(12, 6))
     clips = fake_clips(4)
-    loss, _ = pretrain.step_loss(net, clips, s, guided=False)
+    loss, *_ = pretrain.step_loss(net, clips, s, guided=False)
     loss.backward()
     grads = [p.grad.clone() for p in net.backbones["rgb"].parameters()]
     net.zero_grad()
@@ -132,10 +183,13 @@ def test_describe_by_hand():
     one = torch.tensor([[0.97, 0.01, 0.02], [0.1, 0.8, 0.1]]).log()
     other = torch.tensor([[0.97, 0.01, 0.02], [0.1, 0.1, 0.8]]).log()
     log_d = torch.stack([torch.stack([one, one]), torch.stack([one, other])])  # [2 views, 2 crops, 2 samples, 3]
-    out = pretrain.describe(log_d)
+    features = torch.eye(4).expand(2, 2, 4, 4)
+    out = pretrain.describe(log_d, features)
     assert out["prototypes_in_use"] == 3 and out["crops_agree"] == 0.75 and out["views_agree"] == 0.75
     assert out["entropy"] == pytest.approx(-(log_d.exp() * log_d).sum(-1).mean().item())
-    assert pretrain.describe(torch.full((2, 2, 4, 7), -math.log(7)))["entropy"] == pytest.approx(math.log(7))
+    assert out["rank"] == pytest.approx(4)
+    out = pretrain.describe(torch.full((2, 2, 4, 7), -math.log(7)), torch.ones(2, 2, 4, 4))
+    assert out["entropy"] == pytest.approx(math.log(7)) and out["rank"] == pytest.approx(1)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -266,6 +320,87 @@ def test_torchrun_trains_the_same_global_batches(tiny, whole, tmp_path):
 def test_guiding_starts_when_asked(tiny, tmp_path):
     assert run(tiny, tmp_path / "run", "--guide-start", "1") == 0
     assert [s["guided"] for s in log(tmp_path / "run")[1:]] == [False, False, True, True]
+
+
+def test_accumulated_batches_make_one_step(tiny, tmp_path):
+    """4 batches of 5, two to a step: the weights move twice, and the learning rate is that of 10 videos."""
+    more = ["--batch-size", "5", "--accumulate", "2"]
+    s = pretrain.arguments([*tiny.common(), "--prototypes", "p", "--out", "o", *more])
+    assert s.lr == pytest.approx(4.8 * math.sqrt(10 / 640))
+    moves = []
+    original = pretrain.LARS.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain.LARS, "step", lambda self: (moves.append(1), original(self)))
+        assert run(tiny, tmp_path / "run", *more, "--epochs", "1") == 0
+    assert len(moves) == 2 and data.load_checkpoint(tmp_path / "run")["step"] == 4
+
+
+def poisoned(monkeypatch, steps):
+    """Let the clips of some steps (from 0) be NaN."""
+    original, count = data.augment, iter(range(1000))
+
+    def augment(batch, device):
+        clips = original(batch, device)
+        if next(count) in steps:
+            clips[0]["rgb"].fill_(float("nan"))
+        return clips
+
+    monkeypatch.setattr(data, "augment", augment)
+
+
+def test_a_gradient_that_is_not_finite_is_dropped_and_counted(tiny, tmp_path, monkeypatch, capsys):
+    poisoned(monkeypatch, {3})
+    assert run(tiny, tmp_path / "run") == 0
+    assert "1 steps had a gradient that was not finite" in capsys.readouterr().out
+    assert log(tmp_path / "run")[-1]["dropped"] == 1
+    assert all(p.isfinite().all() for name, p in weights(tmp_path / "run").items() if "running" not in name)
+
+
+def test_many_in_a_row_stop_the_run_with_the_last_good_state(tiny, tmp_path, monkeypatch):
+    poisoned(monkeypatch, set(range(2, 100)))
+    with pytest.raises(data.BadInput, match=r"not finite in the last 5 steps before step 7.*--lr"):
+        run(tiny, tmp_path / "run", "--epochs", "5", "--save-every", "1")
+    assert data.load_checkpoint(tmp_path / "run")["step"] <= 6
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tiny, whole, tmp_path, capsys):
+    assert run(tiny, tmp_path / "run") == 0
+    assert sorted(p.name for p in (tmp_path / "run").glob("*.pt")) == ["checkpoint.1.pt", "checkpoint.pt"]
+    newest = tmp_path / "run" / "checkpoint.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert run(tiny, tmp_path / "run") == 0
+    said = capsys.readouterr()
+    assert f"{newest} is damaged" in said.err and "taking the checkpoint before it" in said.err
+    assert "continuing at step 2" in said.out
+    again = weights(tmp_path / "run")
+    assert all(torch.equal(w, again[name]) for name, w in weights(whole).items())
+    for file in (tmp_path / "run").glob("*.pt"):
+        file.write_bytes(b"")
+    with pytest.raises(data.BadInput, match="damaged"):
+        run(tiny, tmp_path / "run")
+
+
+def test_plan_says_what_would_be_done_and_writes_nothing(tiny, tmp_path, capsys):
+    assert run(tiny, tmp_path / "run", "--plan", "--epochs", "7") == 0
+    said = capsys.readouterr().out
+    assert "2 steps an epoch, 14 in all" in said and "device-hours; nothing was written" in said
+    assert "24 prototypes, ln N = 3.178" in said and "M parameters" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_collapse_is_said(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(model.TwoView, "scores", lambda self, f: torch.zeros(*f.shape[:-1], 24) + 0 * f.sum())
+    assert run(tiny, tmp_path / "run") == 0
+    said = capsys.readouterr().out
+    assert said.count("the loss is still ln N = 3.178") == 2  # steps 3 and 4, after the warm-up
+
+
+@pytest.mark.parametrize("preset", sorted(p.name for p in (ROOT / "presets").iterdir()))
+def test_presets_are_read(tiny, preset):
+    s = pretrain.arguments([f"@{ROOT / 'presets' / preset}", "--videos", "v", "--flow", "f", "--prototypes", "p",
+                            "--out", "o", "--epochs", "3"])
+    assert s.epochs == 3 and s.size == {"cpu": 32, "ucf101-r2plus1d18": 112}.get(preset, 128)
+    assert s.arch == ("r2plus1d18" if preset in ("cpu", "ucf101-r2plus1d18") else "s3d")
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
