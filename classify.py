@@ -38,6 +38,7 @@ class Recipe(NamedTuple):
 
 LINEAR = {"vicc": Recipe("sgd", 0.1, 1e-3, 100, (0.6, 0.8), l2=True, batch_norm=True),
           "released": Recipe("sgd", 0.3, 1e-6, 100, (), batch_norm=True)}
+# Of CoCLR's fine-tuning the optimizer and both rates are known here; epochs, milestones and dropout are ViCC's.
 FINETUNE = {"vicc": Recipe("sgd", 0.1, 1e-3, 500, (0.4, 0.6, 0.8, 0.9), dropout=0.9),
             "coclr": Recipe("adam", 1e-3, 1e-3, 500, (0.4, 0.6, 0.8, 0.9), dropout=0.9, backbone=0.1)}
 
@@ -186,6 +187,7 @@ def fit_clips(net, views, found, store, recipe, s, settings, frozen, what, devic
         ddp = nn.parallel.DistributedDataParallel(classifier, broadcast_buffers=False,
                                                   device_ids=[device] if device.type == "cuda" else None)
     ddp.train()
+    skipped = set()
     with Stop() as stop, tqdm(total=total, initial=step, desc=what, unit="step", mininterval=1,
                               disable=rank > 0) as progress:
         for batch in loader:
@@ -195,6 +197,7 @@ def fit_clips(net, views, found, store, recipe, s, settings, frozen, what, devic
             lr = learning_rate(step, per_epoch, recipe)
             running[0] += update(logits, labels[batch["index"]].to(device), optimizer, lr, what)
             running[1] += 1
+            skipped.update(filter(None, batch["fault"]))
             step += 1
             progress.update()
             ending = step % per_epoch == 0
@@ -213,6 +216,8 @@ def fit_clips(net, views, found, store, recipe, s, settings, frozen, what, devic
                 if rank == 0:
                     print(f"asked to stop (signal {asked}): saved step {step} of {total}; the same command continues")
                 raise SystemExit(128 + asked)
+    if skipped:
+        print(f"{len(skipped)} training videos could not be read and were replaced by others; one: {min(skipped)}")
     if frozen and fingerprint(classifier.backbones) != before:
         raise AssertionError("a frozen backbone changed during the linear probe")
     return classifier.eval()

@@ -314,6 +314,13 @@ def recipe_of(s):
     return recipe._replace(**{k: v for k, v in (("epochs", s.epochs), ("lr", s.lr)) if v is not None})
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Say a default only where there is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def arguments(argv=None):
     p = argparse.ArgumentParser(description="Evaluate a representation.")
     commands = p.add_subparsers(dest="command", required=True)
@@ -321,7 +328,7 @@ def arguments(argv=None):
              "cluster": "Acc, NMI, F1 of k-means (Table 6)", "linear": "linear probe (Table 8)",
              "finetune": "fine-tuning (Table 7)"}
     for name in COMMANDS:
-        c = commands.add_parser(name, help=about[name], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        c = commands.add_parser(name, help=about[name], formatter_class=Help)
         g = c.add_argument_group("input and output")
         g.add_argument("--checkpoint", required=True, help="a run's folder, a checkpoint, or none (untrained network)")
         g.add_argument("--dataset", choices=data.DATASETS, default="folder")

@@ -154,11 +154,13 @@ def run(args):
                               *defaults, *user, *fixed, "--seed", str(seed)], folder / "checkpoint.pt",
                              folder / "pretrain.log", args.processes)
             for command in sorted(commands) if trained else ():
+                frames = ["--frames", "16"] if "r2plus1d18" in name else []  # downstream, section 4
                 for on in args.on:
                     out = folder / f"{command}-{on}.json"
                     keep = ["--out", str(folder / f"{command}-{on}")] if command == "finetune" else []
                     driver(["evaluate.py", command, "--checkpoint", str(folder), *sets[on], "--json", str(out), *keep,
-                            *shlex.split(args.evaluate_flags)], out, folder / f"{command}-{on}.log", args.processes)
+                            *frames, *shlex.split(args.evaluate_flags)], out, folder / f"{command}-{on}.log",
+                           args.processes)
     for log in driver.failed:
         print(f"failed: {log}")
     return 1 if driver.failed else 0

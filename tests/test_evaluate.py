@@ -332,6 +332,20 @@ def test_unreadable_videos_are_left_out_and_counted(tiny, tmp_path, capsys):
     assert "1 videos were left out" in out and "has no flow of" in out
 
 
+def test_unreadable_training_videos_are_said(tiny, tmp_path, capsys):
+    store = tmp_path / "flow"
+    store.mkdir()
+    (store / "header.json").write_text((tiny.flow / "header.json").read_text())
+    for p in sorted(tiny.flow.rglob("*.avi")):
+        (store / p.relative_to(tiny.flow)).parent.mkdir(exist_ok=True)
+        (store / p.relative_to(tiny.flow)).write_bytes(p.read_bytes())
+    name = data.read_split("ucf101", tiny.videos, tiny.splits).videos[0].name
+    (store / f"{name}.avi").write_bytes(b"rubbish")
+    more = ["--views", "rgb", "--epochs", "1", "--batch-size", "20", "--out", str(tmp_path / "o"), "--flow", str(store)]
+    assert command(tiny, "linear", *UNTRAINED, "--on", "clips", *more) == 0
+    assert f"1 training videos could not be read and were replaced by others; one: {store}" in capsys.readouterr().out
+
+
 def test_classes_that_the_gallery_lacks(tiny, tmp_path):
     for name in ("classInd.txt", "testlist01.txt"):
         (tmp_path / name).write_text((tiny.splits / name).read_text())
