@@ -1,232 +1,400 @@
-"""Stage 4: what the representation is worth. Here: video retrieval (paper section 4.2, Tables 1, 3-5, Fig. 4).
+"""Stage 4: what the representation is worth (paper section 4; Tables 1-8).
 
 In   a checkpoint of pretrain.py (or `none`: the untrained network), a labelled data set and its flow store.
-Out  a table; with --json FILE {"protocol": {...}, "results": {view: {"R@1": ..., ...}}, "neighbours": {...}, ...}.
+Out  a table; with --json FILE {"protocol": {...}, "results": {view: {name: number}}, ...}.
 
     python evaluate.py retrieval --checkpoint runs/ucf101 --dataset ucf101 --videos UCF-101 --splits ucfTrainTestlist \\
         --flow flow/ucf101 --json retrieval.json
 
-Gallery = training list, queries = test list; R@k = share of queries with their class among the k nearest videos.
---protocol goca (paper): features of 3 x 10 views, each of unit length, averaged; cosine. --protocol coclr (CoCLR and
-ViCC): averaged over windows of a clip's length every 15 frames, centred by their set's mean; cosine. View "rgb+flow"
-averages the two views' features (paper) or, with --fusion similarity, adds their similarities (CoCLR, ViCC).
+features   backbone features of all videos, extracted once into RUN/features; the three below take them from there
+retrieval  R@k: share of queries (test list) with their class among the k nearest of the gallery (training list)
+cluster    k-means on the test features, K = number of classes: Acc, NMI, F1, mean and deviation of 50 runs
+linear     linear probe on the frozen backbone: on stored features (fast), or --on clips with augmentation (faithful)
+finetune   the whole backbone trained on the labels
+
+--protocol goca (paper): 3 x 10 views, each of unit length, averaged; cosine. coclr (CoCLR and ViCC): windows of the
+length of a clip every 15 frames, averaged, centred by their set's mean; cosine. View "rgb+flow" averages both features
+(paper); --fusion similarity adds their similarities, --fusion probability averages their softmax (CoCLR, ViCC).
+Under torchrun several processes share the networks' work. The same command gives the same digits.
 """
 
 import argparse
 import json
 import math
 import time
+from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+import torch.distributed as dist
 
+import classify
 import data
+import metrics
 import model
+from features import NETWORK, check_store, features, load_network, view_matrix
+from training import commit, start_processes
 
-KS = (1, 5, 10, 20, 50)
+PRETRAINING = ("dataset", "split", "epochs", "global_batch", "optimizer", "lr", "lambda1", "lambda2", "prior_sign",
+               "guide_start", "seed", "prototypes")  # of a checkpoint's settings, repeated beside its numbers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Retrieval
+# Data
 # ---------------------------------------------------------------------------------------------------------------------
-def prepare(features, protocol):
-    """Averaged features [n, D] of one view and subset -> unit rows; "coclr" centres each set by its own mean."""
-    if protocol == "coclr":
-        features = features - features.mean(0)
-    return F.normalize(features, dim=1)
+def labelled(s, split, subset):
+    """The labelled videos of a subset -> data.VideoSet; those without a label count as absent."""
+    found = data.read_split(s.dataset, s.videos, s.splits, split, subset)
+    videos = [v for v in found.videos if v.label >= 0]
+    if not videos:
+        raise data.BadInput(f"{s.videos} has no labels, which {s.command} needs: put each class in a folder of its own")
+    bare = [f"{v.name} (of no class)" for v in found.videos if v.label < 0]
+    return data.VideoSet(videos, found.classes, found.absent + bare)
 
 
-def similarity(queries, gallery, view, fusion):
-    """Blocks of the similarity matrix: dicts of unit features [q, D], [g, D] by view -> generator of [<=1024, g]."""
-    if view == "rgb+flow" and fusion == "average":
-        pairs = [(F.normalize(queries["rgb"] + queries["flow"], dim=1), F.normalize(gallery["rgb"] + gallery["flow"],
-                                                                                   dim=1))]
-    else:
-        pairs = [(queries[v], gallery[v]) for v in view.split("+")]
-    for at in range(0, len(pairs[0][0]), 1024):
-        yield sum(q[at:at + 1024] @ g.T for q, g in pairs)
+def check_classes(train, test, classes):
+    """Refuse test videos of a class without training video; say which classes have one training video only."""
+    count = torch.bincount(train, minlength=len(classes))
+    lacking = sorted({classes[i] for i in test.tolist() if count[i] == 0})
+    if lacking:
+        raise data.BadInput(f"the test list has videos of {len(lacking)} classes of which no training video can be "
+                            f"read ({', '.join(lacking[:5])}): complete --videos, or take them off the test list")
+    single = [name for name, n in zip(classes, count.tolist(), strict=True) if n == 1]
+    if single:
+        print(f"{len(single)} classes have one training video only: {', '.join(single[:5])}")
 
 
-def nearest(queries, gallery, view, fusion, k):
-    """The k nearest gallery rows of each query, nearest first -> int64 [q, k]."""
-    return torch.cat([s.topk(k, dim=1).indices for s in similarity(queries, gallery, view, fusion)])
+def both_subsets(env, split):
+    """Features of the training and the test list -> (train, test), None on rank > 0."""
+    return tuple(features(env.net, labelled(env.s, split, subset), env.store, env.s, env.device,
+                          f"split{split}-{subset}", env.rank, env.world) for subset in ("train", "test"))
 
 
-def recall(neighbours, query_labels, gallery_labels):
-    """R@k in percent for k in KS that the gallery allows, with standard errors and chance.
+def listed(videos):
+    return [{"path": v.path, "label": v.label} for v in videos]
 
-    neighbours [q, K]; labels int64 [q], [g]. Chance is that of k gallery videos drawn at random.
-    """
-    right = gallery_labels[neighbours] == query_labels[:, None]  # [q, K]
-    out, g, q = {}, len(gallery_labels), len(query_labels)
-    others = g - (gallery_labels[None] == query_labels[:, None]).sum(1).double()  # gallery videos of another class
-    for k in (k for k in KS if k <= neighbours.shape[1]):
-        hit = right[:, :k].any(1).double().mean().item()
-        i = torch.arange(k, dtype=torch.float64)
-        miss = ((others[:, None] - i).clamp(min=0) / (g - i)).prod(1)  # C(others, k) / C(g, k)
-        out |= {f"R@{k}": 100 * hit, f"R@{k} standard error": 100 * math.sqrt(hit * (1 - hit) / q),
-                f"R@{k} chance": 100 * (1 - miss.mean().item())}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands: each takes the environment and a split, and gives what goes into the JSON file (None on rank > 0)
+# ---------------------------------------------------------------------------------------------------------------------
+def extract_features(env, split):
+    train, test = both_subsets(env, split)
+    if env.rank:
+        return None
+    return {"results": {v: {"train videos": len(train.videos), "test videos": len(test.videos),
+                            "dimensions": train.values[v].shape[1]} for v in model.VIEWS},
+            "left_out": train.left_out + test.left_out}
+
+
+def retrieval(env, split):
+    gallery, queries = both_subsets(env, split)
+    if env.rank:
+        return None
+    check_classes(gallery.labels, queries.labels, gallery.classes)
+    s, k = env.s, min(max(metrics.KS), len(gallery.videos))
+    results, lists, by_class = {}, {}, {}
+    for view in s.views:
+        q, g = (view_matrix(f.values, view, s.protocol, s.fusion).to(env.device) for f in (queries, gallery))
+        near = metrics.nearest(q, g, k).cpu()
+        results[view] = metrics.recall(near, queries.labels, gallery.labels)
+        lists[view] = near[:, :10].tolist()
+        by_class[view] = {}
+        for i, name in enumerate(gallery.classes):
+            own = queries.labels == i
+            if own.any():
+                found = metrics.recall(near[own], queries.labels[own], gallery.labels)
+                by_class[view][name] = {"videos": int(own.sum()), **{j: found[j] for j in ("R@1", "R@5") if j in found}}
+    return {"results": results, "per_class": by_class, "left_out": gallery.left_out + queries.left_out,
+            "classes": gallery.classes, "gallery": listed(gallery.videos), "queries": listed(queries.videos),
+            "neighbours": lists, "protocol": {"gallery": len(gallery.videos), "queries": len(queries.videos),
+                                              "classes": len(gallery.classes), "metric": "cosine"}}
+
+
+def cluster(env, split):
+    found = labelled(env.s, split, "test")
+    test = features(env.net, found, env.store, env.s, env.device, f"split{split}-test", env.rank, env.world)
+    if env.rank:
+        return None
+    s, k = env.s, len(test.labels.unique())
+    results = {}
+    for view in s.views:
+        x = view_matrix(test.values, view, s.protocol, s.fusion).to(env.device)
+        labels, inertia = metrics.kmeans(x, k, s.runs, s.seed)
+        scores = {**metrics.cluster_scores(labels, test.labels, k), "inertia": inertia.cpu()}
+        results[view] = {}
+        for name, value in scores.items():
+            results[view] |= {name: value.mean().item(), f"{name} deviation": value.std(correction=0).item()}
+    return {"results": results, "left_out": test.left_out,
+            "protocol": {"videos": len(test.videos), "classes": k, "clusters": k, "runs": s.runs, "seed": s.seed}}
+
+
+def classification(probabilities, test_videos, classes):
+    """What `linear` and `finetune` report: {view: [n, classes]}, the n videos."""
+    labels = torch.tensor([v.label for v in test_videos])
+    predicted = {view: p.argmax(1) for view, p in probabilities.items()}
+    return {"results": {view: metrics.accuracy(p, labels) for view, p in probabilities.items()},
+            "per_class": {view: {name: {"videos": int(own.sum()), "top-1": 100 * (p[own] == i).double().mean().item()}
+                                 for i, name in enumerate(classes) if (own := labels == i).any()}
+                          for view, p in predicted.items()},
+            "classes": classes, "queries": listed(test_videos),
+            "predictions": {view: p.tolist() for view, p in predicted.items()}}
+
+
+def probabilities_by_view(s, predict):
+    """predict(views) -> [n, classes] for each classifier that --views and --fusion need -> {view: [n, classes]}."""
+    trained = {}
+
+    def of(views):
+        if views not in trained:
+            trained[views] = predict(views)
+        return trained[views]
+
+    return {view: (of(("rgb",)) + of(("flow",))) / 2 if view == "rgb+flow" and s.fusion == "probability" else
+            of(tuple(view.split("+"))) for view in s.views}
+
+
+def linear_on_features(env, split):
+    train, test = both_subsets(env, split)
+    if env.rank:
+        return None
+    check_classes(train.labels, test.labels, train.classes)
+
+    def predict(views):
+        classifier = classify.fit_features([train.values[v] for v in views], train.labels, len(train.classes),
+                                           env.recipe, env.s, env.device, f"linear probe, {'+'.join(views)}")
+        return classify.predict_features(classifier, [test.values[v] for v in views], env.device)
+
+    p = probabilities_by_view(env.s, predict)
+    return {**classification(p, test.videos, train.classes), "left_out": train.left_out + test.left_out,
+            "protocol": {"train": len(train.videos), "test": len(test.videos), "classes": len(train.classes)}}
+
+
+def on_clips(env, split):
+    """`finetune`, and `linear --on clips`."""
+    s, frozen = env.s, env.s.command == "linear"
+    train, test = labelled(s, split, "train"), labelled(s, split, "test")
+    without = [f"{v.name} (no flow)" for v in train.videos if v.name not in env.store]
+    train = train._replace(videos=[v for v in train.videos if v.name in env.store], absent=train.absent + without)
+    if not train.videos:
+        raise data.BadInput(f"{s.flow} holds the flow of no training video; run: python flow.py --videos {s.videos} "
+                            f"--out {s.flow}")
+    check_classes(*(torch.tensor([v.label for v in f.videos]) for f in (train, test)), train.classes)
+    scale = s.scale or ([136 / 128, 190 / 128] if env.settings["arch"] == "s3d" else [128 / 112, 160 / 112])
+    settings = {k: env.settings[k] for k in NETWORK} | {"scale": list(scale)}
+    seen, faults = [], []
+
+    def predict(views):
+        what = f"{s.command}-split{split}-{'+'.join(views)}"
+        classifier = classify.fit_clips(env.net, list(views), train, env.store, env.recipe, s, settings, frozen, what,
+                                        env.device, env.rank, env.world)
+        p, kept, said = classify.predict_clips(classifier, test, env.store, s, env.device, f"{what}, test", env.rank,
+                                               env.world)
+        seen.append(kept)
+        faults[:] = said
+        return p
+
+    p = probabilities_by_view(s, predict)
+    if env.rank:
+        return None
+    left_out = [f"{a}: listed, but absent" for a in train.absent + test.absent] + faults
+    return {**classification(p, [test.videos[i] for i in seen[0]], train.classes), "left_out": left_out,
+            "protocol": {"train": len(train.videos), "test": len(seen[0]), "classes": len(train.classes)}}
+
+
+COMMANDS = {"features": extract_features, "retrieval": retrieval, "cluster": cluster, "linear": linear_on_features,
+            "finetune": on_clips}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said
+# ---------------------------------------------------------------------------------------------------------------------
+def protocol_of(env):
+    """All that the numbers depend on, as one flat dict."""
+    s, settings = env.s, env.settings
+    fusions = {"average": "mean of the unit features", "similarity": "sum of similarities",
+               "probability": "mean of the softmax"}
+    clips = (f"{s.frames} frames x 10 clips x 3 crops" if s.protocol == "goca" else
+             f"{s.frames} frames, a window every 15, centre crop")
+    stored = s.command != "finetune" and getattr(s, "on", "features") == "features"
+    out = {"command": s.command, "protocol": s.protocol, "fusion": getattr(s, "fusion", None), "dataset": s.dataset,
+           "split": s.split[0] if len(s.split) == 1 else s.split, "checkpoint": s.checkpoint,
+           "step": settings.get("step", 0), "method": settings["method"] if "step" in settings else "untrained",
+           **{k: settings[k] for k in NETWORK}, "views": clips,
+           "feature": f"backbone, pooled, {env.net.backbones['rgb'].feature_dim}-d" + (
+               "" if not stored else ", unit length, mean over views" if s.protocol == "goca" else
+               ", mean over windows" + (", centred by set" if s.command in ("retrieval", "cluster") else "")),
+           "precision": "bf16" if env.device.type == "cuda" else "float32", "commit": commit(),
+           "pretraining": {k: settings[k] for k in PRETRAINING if "step" in settings and k in settings}}
+    if "fusion" in s:
+        out["fusion of rgb+flow"] = fusions[s.fusion]
+    if env.recipe:
+        out |= {"on": getattr(s, "on", "clips"), "recipe": s.recipe, **env.recipe._asdict(), "seed": s.seed,
+                "batch": s.batch_size * env.world, "result of": "the last epoch"}
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Features
-# ---------------------------------------------------------------------------------------------------------------------
-@torch.inference_mode()
-def extract(net, videos, store, s, device, what):
-    """Backbone features of each video, averaged over its test views -> ({view: float32 [n, D]}, kept videos, faults).
-
-    Each view's feature has unit length before the average under protocol "goca".
-    """
-    clips = data.TestClips(videos, store, protocol=s.protocol, frames=s.frames, size=s.size, stride=s.stride)
-    loader = DataLoader(clips, batch_size=None, num_workers=s.workers, worker_init_fn=data.start_worker)
-    features, kept, faults = {v: [] for v in model.VIEWS}, [], []
-    for item in tqdm(loader, total=len(videos), desc=what, unit="video", mininterval=1):
-        if "fault" in item:
-            faults.append(item["fault"])
-            continue
-        kept.append(videos[item["index"]])
-        weight = item["weight"].to(device)[:, None]
-        for view in model.VIEWS:
-            out = []
-            for at in range(0, len(weight), s.batch_views):
-                x = item[view][at:at + s.batch_views].to(device)
-                x = data.normalise_rgb(x.float() / 255) if view == "rgb" else data.normalise_flow(x)
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    out.append(net.features(view, x))
-            out = torch.cat(out)  # [K, D]
-            if s.protocol == "goca":
-                out = F.normalize(out, dim=1)
-            features[view].append((out * weight).sum(0).cpu())
-    if not kept:
-        raise data.BadInput(f"none of the {len(videos)} {what} can be read; the first: {faults[0]}")
-    return {v: torch.stack(f) for v, f in features.items()}, kept, faults
+def mean_of_splits(each):
+    """Results of several splits -> their mean; standard errors add as those of independent test sets."""
+    return {view: {k: math.sqrt(sum(r[view][k]**2 for r in each)) / len(each) if k.endswith("standard error") else
+                   sum(r[view][k] for r in each) / len(each) for k in each[0][view]} for view in each[0]}
 
 
-def load_network(s):
-    """--checkpoint -> (network in eval mode, its settings); what a flag says must agree with the checkpoint."""
-    given = {k: getattr(s, k) for k in ("arch", "width", "pool", "frames", "size", "stride")}
-    if s.checkpoint == "none":
-        settings = {"arch": "s3d", "width": 1.0, "pool": "avg", "frames": 32, "size": 128, "stride": 1, "hidden": 8,
-                    "method": "goca", "seed": s.seed, **{k: v for k, v in given.items() if v is not None}}
-        return model.two_view(settings, torch.eye(2)).eval(), settings
-    state = data.load_checkpoint(s.checkpoint)
-    settings = state["settings"]
-    for k in ("arch", "width", "pool"):
-        if given[k] is not None and given[k] != settings[k]:
-            raise data.BadInput(f"{s.checkpoint} was trained with --{k} {settings[k]}, not {given[k]}; "
-                                f"leave the flag out")
-    net = model.two_view(settings, state["model"]["prototypes"])
-    net.load_state_dict(state["model"])
-    return net.eval(), {**settings, "step": state["step"], **{k: given[k] for k in ("frames", "size", "stride")
-                                                            if given[k] is not None}}
+def show(results):
+    """Print each view's numbers, with their standard error or deviation, and chance below."""
+    first = next(iter(results.values()))
+    names = [k for k in first if not k.endswith(("standard error", "chance", "deviation"))]
+    print(f"{'view':>10}" + "".join(f"{k:>16}" for k in names))
+    for view, r in results.items():
+        error = {k: r.get(f"{k} standard error", r.get(f"{k} deviation")) for k in names}
+        print(f"{view:>10}" + "".join(f"{r[k]:10.1f} ± {error[k]:<3.1f}" if error[k] is not None else f"{r[k]:16,}"
+                                      for k in names))
+    if f"{names[0]} chance" in first:
+        print(f"{'chance':>10}" + "".join(f"{first[f'{k} chance']:10.1f}      " for k in names))
 
 
-def check_store(store, settings, s):
-    """Refuse a flow store made with other settings than the one that the checkpoint was trained on."""
-    trained = settings.get("flow_header")
-    if trained is None or trained == store.header:
-        return
-    keys = sorted(k for k in trained.keys() | store.header.keys() if trained.get(k) != store.header.get(k))
-    what = ", ".join(f"{k}: {trained.get(k)} in training, {store.header.get(k)} here" for k in keys)
-    raise data.BadInput(f"the flow in {s.flow} was made with other settings than the checkpoint's ({what}); extract it "
-                        f"with the same")
+def show_classes(by_class):
+    """Print the numbers of each class by view."""
+    views = list(by_class)
+    for name, row in by_class[views[0]].items():
+        cells = (f"{view} " + " ".join(f"{k} {x:.1f}" for k, x in by_class[view][name].items() if k != "videos")
+                 for view in views)
+        print(f"{name:>24} {row['videos']:>5} videos   " + "   ".join(cells))
 
 
-def retrieval(s):
-    """The command `retrieval` -> exit status."""
-    device = torch.device(s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+def evaluate(s):
+    """Run a command on its splits, print and write what it gives -> exit status."""
+    device, rank, world = start_processes(s)
     net, settings = load_network(s)
-    for k in ("frames", "size", "stride"):
+    for k in NETWORK:
         setattr(s, k, settings[k])
     store = data.FlowStore(s.flow)
     check_store(store, settings, s)
-    net = net.to(device, memory_format=torch.channels_last_3d)
+    env = SimpleNamespace(s=s, net=net.to(device, memory_format=torch.channels_last_3d), settings=settings, store=store,
+                          device=device, rank=rank, world=world, recipe=recipe_of(s))
     began = time.perf_counter()
-    sets, labels, kept, left_out = {}, {}, {}, []
-    for subset, what in (("train", "gallery videos"), ("test", "queries")):
-        found = data.read_split(s.dataset, s.videos, s.splits, s.split, subset)
-        if not found.classes:
-            raise data.BadInput(f"{s.videos} has no labels, which retrieval needs: put each class in a "
-                                f"folder of its own")
-        features, kept[subset], faults = extract(net, found.videos, store, s, device, what)
-        sets[subset] = {v: prepare(f, s.protocol) for v, f in features.items()}
-        labels[subset] = torch.tensor([v.label for v in kept[subset]])
-        left_out += [f"{a}: listed, but absent" for a in found.absent] + faults
-    k = min(max(KS), len(kept["train"]))
-    protocol = {"protocol": s.protocol, "fusion": s.fusion, "dataset": s.dataset, "split": s.split, "checkpoint":
-                s.checkpoint, "step": settings.get("step", 0), "method": settings["method"] if "step" in settings else
-                "untrained", "arch": settings["arch"], "width": settings["width"], "pool": settings["pool"],
-                "frames": s.frames, "stride": s.stride, "size": s.size, "gallery": len(kept["train"]),
-                "queries": len(kept["test"]), "classes": len(found.classes), "left_out": len(left_out),
-                "feature": "backbone, pooled, " + ("unit length, mean over 3 x 10 views" if s.protocol == "goca" else
-                                                   "mean over windows every 15 frames, centred by set"),
-                "distance": "cosine"}
+    command = on_clips if getattr(s, "on", "features") == "clips" else COMMANDS[s.command]
+    each = [command(env, split) for split in s.split]
+    if world > 1:
+        dist.destroy_process_group()
+    if rank:
+        return 0
+    protocol = {**protocol_of(env), **each[0].pop("protocol", {}), "left_out": sum(len(e["left_out"]) for e in each)}
+    out = {"protocol": protocol, **each[0]}
+    if len(each) > 1:
+        out = {"protocol": protocol, "results": mean_of_splits([e["results"] for e in each]),
+               "splits": dict(zip(map(str, s.split), each, strict=True))}
     print(json.dumps(protocol))
-    results, lists = {}, {}
-    for view in s.views:
-        near = nearest(sets["test"], sets["train"], view, s.fusion, k)
-        results[view] = recall(near, labels["test"], labels["train"])
-        lists[view] = near[:, :10].tolist()
-    show(results)
+    show(out["results"])
+    if getattr(s, "per_class", False):
+        for split, e in zip(s.split, each, strict=True):
+            print(f"split {split}")
+            show_classes(e["per_class"])
+    left_out = [line for e in each for line in e["left_out"]]
     for line in left_out[:10]:
         print(f"left out: {line}")
     if left_out:
-        print(f"{len(left_out)} videos were left out of this evaluation"
-              "; the numbers are not those of the whole data set")
-    print(f"{len(kept['train'])} gallery videos and {len(kept['test'])} queries in {time.perf_counter() - began:.0f} s")
+        print(f"{len(left_out)} videos were left out of this evaluation; the numbers are not those of the whole data "
+              f"set. To try them again once mended, remove the file of features named above, if one is")
+    seconds = time.perf_counter() - began
+    print(f"{s.command} in {seconds:.0f} s on {world} process(es), {device}")
     if s.json:
-        out = {"protocol": protocol, "results": results, "left_out": left_out, "classes": found.classes,
-               "gallery": [{"path": v.path, "label": v.label} for v in kept["train"]],
-               "queries": [{"path": v.path, "label": v.label} for v in kept["test"]], "neighbours": lists}
         with data.atomic(s.json) as tmp:
-            tmp.write_text(json.dumps(out))
+            tmp.write_text(json.dumps({**out, "seconds": round(seconds, 1)}))
         print(f"written: {s.json}")
     return 0
 
 
-def show(results):
-    """Print R@k by view, each with its standard error, and chance below."""
-    ks = [k for k in KS if f"R@{k}" in next(iter(results.values()))]
-    print(f"{'view':>10}" + "".join(f"{f'R@{k}':>14}" for k in ks))
-    for view, r in results.items():
-        print(f"{view:>10}" + "".join(f"{r[f'R@{k}']:8.1f} ± {r[f'R@{k} standard error']:<3.1f}" for k in ks))
-    print(f"{'chance':>10}" + "".join(f"{r[f'R@{k} chance']:8.1f}      " for k in ks))
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+def recipe_of(s):
+    """The recipe of `linear` and `finetune` with what flags change, or None."""
+    if "recipe" not in s:
+        return None
+    recipe = (classify.LINEAR if s.command == "linear" else classify.FINETUNE)[s.recipe]
+    return recipe._replace(**{k: v for k, v in (("epochs", s.epochs), ("lr", s.lr)) if v is not None})
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Say a default only where there is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def arguments(argv=None):
     p = argparse.ArgumentParser(description="Evaluate a representation.")
     commands = p.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("retrieval", help="R@k of nearest neighbours (Tables 1, 3-5)",
-                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    g = c.add_argument_group("input and output")
-    g.add_argument("--checkpoint", required=True, help="a run's folder, a checkpoint, or none (untrained network)")
-    g.add_argument("--dataset", choices=data.DATASETS, default="folder")
-    g.add_argument("--videos", required=True)
-    g.add_argument("--splits", help="folder of the data set's official lists")
-    g.add_argument("--split", type=int, default=1, choices=(1, 2, 3))
-    g.add_argument("--flow", required=True, help="flow store of flow.py")
-    g.add_argument("--json", help="file for the results and each query's 10 nearest")
-    g = c.add_argument_group("protocol")
-    g.add_argument("--views", nargs="+", choices=("rgb", "flow", "rgb+flow"), default=["rgb", "flow", "rgb+flow"])
-    g.add_argument("--protocol", choices=("goca", "coclr"), default="goca")
-    g.add_argument("--fusion", choices=("average", "similarity"), default="average", help="of rgb+flow")
-    g.add_argument("--frames", type=int, help="of a clip (default: as trained)")
-    g.add_argument("--stride", type=int, help="default: as trained")
-    g.add_argument("--size", type=int, help="px (default: as trained)")
-    g = c.add_argument_group("network (of --checkpoint none; a checkpoint knows its own)")
-    g.add_argument("--arch", choices=model.ARCHITECTURES)
-    g.add_argument("--width", type=float)
-    g.add_argument("--pool", choices=("avg", "1x2x2"))
-    g.add_argument("--seed", type=int, default=0)
-    g = c.add_argument_group("run")
-    g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    g.add_argument("--workers", type=int, default=2, help="loader processes")
-    g.add_argument("--batch-views", type=int, default=32, help="clips a forward pass")
-    return p.parse_args(argv)
+    about = {"features": "extract and keep features", "retrieval": "R@k of nearest neighbours (Tables 1-5)",
+             "cluster": "Acc, NMI, F1 of k-means (Table 6)", "linear": "linear probe (Table 8)",
+             "finetune": "fine-tuning (Table 7)"}
+    for name in COMMANDS:
+        c = commands.add_parser(name, help=about[name], formatter_class=Help)
+        g = c.add_argument_group("input and output")
+        g.add_argument("--checkpoint", required=True, help="a run's folder, a checkpoint, or none (untrained network)")
+        g.add_argument("--dataset", choices=data.DATASETS, default="folder")
+        g.add_argument("--videos", required=True)
+        g.add_argument("--splits", help="folder of the data set's official lists")
+        g.add_argument("--split", type=int, nargs="+", default=[1], choices=(1, 2, 3), help="several: also their mean")
+        g.add_argument("--flow", required=True, help="flow store of flow.py")
+        g.add_argument("--json", help="file for the results")
+        if name != "finetune":
+            g.add_argument("--features", help="folder of features (default: RUN/features; none: not kept)")
+        g = c.add_argument_group("protocol")
+        g.add_argument("--protocol", choices=("goca", "coclr"), default="goca", help="test views")
+        if name != "features":
+            views = ("rgb", "flow", "rgb+flow")
+            g.add_argument("--views", nargs="+", choices=views, default=list(views))
+            other = "probability" if name in ("linear", "finetune") else "similarity"
+            g.add_argument("--fusion", choices=("average", other), default="average", help="of rgb+flow")
+        if name not in ("features", "cluster"):
+            g.add_argument("--per-class", action="store_true", help="print a table of the classes")
+        if name == "cluster":
+            g.add_argument("--runs", type=int, default=50, help="of k-means")
+        if name in ("linear", "finetune"):
+            train_arguments(c, name)
+        g = c.add_argument_group("network (of --checkpoint none; a checkpoint knows its own)")
+        g.add_argument("--arch", choices=model.ARCHITECTURES)
+        g.add_argument("--width", type=float)
+        g.add_argument("--pool", choices=("avg", "1x2x2"))
+        g.add_argument("--frames", type=int, help="of a clip (default: as trained)")
+        g.add_argument("--stride", type=int, help="default: as trained")
+        g.add_argument("--size", type=int, help="px (default: as trained)")
+        g = c.add_argument_group("run")
+        g.add_argument("--seed", type=int, default=0)
+        g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+        g.add_argument("--workers", type=int, default=2, help="loader processes")
+        g.add_argument("--batch-views", type=int, default=32, help="clips a forward pass")
+    s = p.parse_args(argv)
+    for flag in ("frames", "stride", "size", "width", "runs", "batch_views", "batch_size", "epochs", "lr"):
+        if getattr(s, flag, None) is not None and getattr(s, flag) <= 0:
+            raise data.BadInput(f"--{flag.replace('_', '-')} {getattr(s, flag)}: must be above 0")
+    if s.split != [1] and s.dataset not in ("ucf101", "hmdb51"):
+        raise data.BadInput(f"--split {' '.join(map(str, s.split))}: {s.dataset} has one split; leave the flag out")
+    if len(set(s.split)) < len(s.split):
+        raise data.BadInput(f"--split {' '.join(map(str, s.split))} names a split twice")
+    if s.command == "finetune" or getattr(s, "on", "") == "clips":
+        if not s.out:
+            raise data.BadInput("--out is missing: the folder where training on clips keeps its checkpoints")
+        if s.scale and not 1 <= s.scale[0] <= s.scale[1]:
+            raise data.BadInput(f"--scale {s.scale[0]} {s.scale[1]}: must be 1 <= LOW <= HIGH")
+    return s
+
+
+def train_arguments(c, name):
+    recipes = classify.LINEAR if name == "linear" else classify.FINETUNE
+    g = c.add_argument_group("training")
+    if name == "linear":
+        g.add_argument("--on", choices=("features", "clips"), default="features",
+                       help="features: stored, no augmentation (fast); clips: with augmentation (faithful)")
+    g.add_argument("--recipe", choices=recipes, default="vicc")
+    g.add_argument("--epochs", type=int, help=f"default: {', '.join(f'{r.epochs} ({n})' for n, r in recipes.items())}")
+    g.add_argument("--lr", type=float, help=f"default: {', '.join(f'{r.lr} ({n})' for n, r in recipes.items())}")
+    g.add_argument("--batch-size", type=int, default=32, help="a process (CoCLR, ViCC)")
+    g.add_argument("--out", help="folder of checkpoints of training on clips; an interrupted one there is continued")
+    g.add_argument("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                   help="short side before cropping, over size (default: as in pre-training)")
+    g.add_argument("--cache", action="store_true", help="keep decoded videos in memory, once a loader process")
 
 
 if __name__ == "__main__":
-    data.command_line(lambda: retrieval(arguments()))
+    data.command_line(lambda: evaluate(arguments()))

@@ -1,17 +1,19 @@
 """Every claim of speed as a ratio against its baseline, both measured in one run: `python -m experiments.bench`.
 
-In   rows to run (all by default): operator loader prototypes
+In   rows to run (all by default): operator loader prototypes evaluation flow
 Out  a table, and with --json FILE a list of objects {row, case, device, threads, baseline_ms, ours_ms, ratio, floor_ms}
 
 Ours and the baseline take turns and the medians are compared, so that a neighbour's load meets both. Each row first
 checks that both compute the same. floor_ms is what the machine can't go below: the bytes that must move over the
-bandwidth it measures, or the exponentials over the rate it measures, whichever is longer.
+bandwidth it measures, the exponentials or the products over the rate it measures, whichever is longest.
 
 operator  guided loss, forward and backward, float32. Baseline: the way of the released code, written from its
           description: one Sinkhorn a call in the exp domain, the log-softmax again for each pair of crops, autograd.
           About 40 seconds.
 loader    from files to 2 long and 4 short augmented clips of both views (experiments/bench_data.py).
 prototypes  Eq. 11 for 1000 x 128 against SGD as published (experiments/bench_data.py).
+evaluation  exact retrieval and k-means (experiments/bench_evaluation.py).
+flow      TV-L1 against OpenCV's (experiments/bench_flow.py).
 """
 
 import argparse
@@ -23,6 +25,8 @@ import torch
 import goca
 from data import atomic, command_line
 from experiments.bench_data import loader, prototypes
+from experiments.bench_evaluation import evaluation
+from experiments.bench_flow import flow
 from experiments.measure import in_turns, machine_rates, row
 
 
@@ -86,7 +90,7 @@ def operator(device, videos):
                   device, baseline_ms, ours_ms, 1e3 * floor)
 
 
-ROWS = {"operator": operator, "loader": loader, "prototypes": prototypes}
+ROWS = {"operator": operator, "loader": loader, "prototypes": prototypes, "evaluation": evaluation, "flow": flow}
 
 
 def main():

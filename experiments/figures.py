@@ -3,10 +3,15 @@
     python -m experiments.figures prototypes --prototypes prototypes.npz --out figure3.png
     python -m experiments.figures training   --run RUN [--run RUN ...] --out training.png
     python -m experiments.figures retrieval  --json retrieval.json [--versus other.json] --out figure4.png
+    python -m experiments.figures lambda     --results DIR [--on ucf101] --out lambda.png
+    python -m experiments.figures features   --features FILE [--versus FILE] --view rgb --out features.png
+    python -m experiments.figures confusion  --json finetune.json --view rgb+flow --out confusion.png
 
 prototypes: Fig. 3, t-SNE of the prototypes before (random) and after Eq. 11, and the cosine of each to its nearest.
 training: the curves of one or several RUN/log.jsonl. retrieval: Fig. 4, queries with their nearest videos, right and
-wrong ones framed green and red; with --versus the same queries answered by another network.
+wrong ones framed green and red; with --versus the same queries answered by another network. lambda: Table 2, the
+paper's beside ours (`experiments.tables run --table 2`). features: t-SNE of a file of features of evaluate.py by class.
+confusion: classes against what a classifier, or the nearest neighbour, says.
 """
 
 import argparse
@@ -15,8 +20,12 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 
 import data
+from experiments.paper import LAMBDA_GRID, LAMBDAS, TABLES
+from experiments.tables import collect, load, ours
+from features import view_matrix
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -163,7 +172,106 @@ def retrieval(args):
     save(figure, args.out)
 
 
-def main():
+# ---------------------------------------------------------------------------------------------------------------------
+# Table 2, features, confusion
+# ---------------------------------------------------------------------------------------------------------------------
+def lambdas(args):
+    """Two heat maps, rows lambda2, columns lambda1: the paper's R@1 and ours, grey where there is no run."""
+    grid, count = np.full((len(LAMBDAS), len(LAMBDAS)), np.nan), 0
+    for i, row in enumerate(TABLES[2].rows):
+        found = collect(args.results, row.run, TABLES[2].command, args.on)
+        if found:
+            grid.flat[i], _ = ours(found, row.view, "R@1")
+            count = max(count, len(found))
+    if np.isnan(grid).all():
+        raise data.BadInput(f"{args.results} holds no run of Table 2 evaluated on {args.on}; make some with: "
+                            f"python -m experiments.tables run --table 2")
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.2))
+    seeds = f"{count} seed{'s' if count > 1 else ''} at most"
+    for axis, values, title in ((axes[0], np.array(LAMBDA_GRID), "paper: UCF101, RGB, 200 epochs"),
+                                (axes[1], grid, f"ours: {args.on}, RGB, {seeds}")):
+        colours = matplotlib.colormaps["viridis"].with_extremes(bad="0.85")
+        image = axis.imshow(values, cmap=colours)
+        middle = (np.nanmin(values) + np.nanmax(values)) / 2
+        for (y, x), value in np.ndenumerate(values):
+            axis.text(x, y, "not run" if np.isnan(value) else f"{value:.1f}", ha="center", va="center",
+                      fontsize=8 if np.isnan(value) else 11,
+                      color="white" if value < middle else "black")
+        axis.set(title=title, xlabel="lambda1 (entropy)", ylabel="lambda2 (prior)", xticks=range(len(LAMBDAS)),
+                 yticks=range(len(LAMBDAS)), xticklabels=LAMBDAS, yticklabels=LAMBDAS)
+        figure.colorbar(image, ax=axis, label="R@1", shrink=0.85)
+    figure.tight_layout()
+    save(figure, args.out)
+
+
+def features(args):
+    """t-SNE of one or two files of features, the classes with most videos in colours.
+
+    Features are centred first: those of a network with ReLU share one large direction, which else is all that one sees.
+    """
+    from sklearn.manifold import TSNE
+
+    files = [f for f in (args.features, args.versus) if f]
+    figure, axes = plt.subplots(1, len(files), figsize=(6.2 * len(files), 5.6), squeeze=False)
+    for axis, file in zip(axes.flat, files, strict=True):
+        header, arrays = data.load_arrays(file, "features", "python evaluate.py features")
+        labels = arrays["labels"]
+        shown = np.argsort(-np.bincount(labels, minlength=len(header["classes"])), kind="stable")[:args.classes]
+        own = np.isin(labels, shown)
+        if own.sum() < 5:
+            raise data.BadInput(f"{file} holds {own.sum()} videos, too few for a map")
+        values = {v: torch.from_numpy(arrays[v]) for v in ("rgb", "flow")}
+        x = view_matrix(values, args.view, "coclr", "average").numpy()[own]
+        at = TSNE(init="pca", perplexity=min(30, (len(x) - 1) / 3), random_state=0).fit_transform(x)
+        for i, c in enumerate(sorted(shown)):
+            colour = matplotlib.colormaps["tab10" if len(shown) <= 10 else "tab20"](i % 20)
+            axis.scatter(*at[labels[own] == c].T, s=16, color=colour, marker="os^Dv"[i // 20 % 5],
+                         label=header["classes"][c])
+        axis.set(title=f"{Path(file).parents[1].name}: {args.view}, {own.sum()} videos, centred (t-SNE)", xticks=[],
+                 yticks=[])
+    axes.flat[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    figure.tight_layout()
+    save(figure, args.out)
+
+
+def confusion(args):
+    """Rows: classes. Columns: what was said, in percent of the row. Two panels for two results."""
+    files = [f for f in (args.json, args.versus) if f]
+    results = [load(f, "linear|finetune|retrieval") for f in files]
+    n = len(results[0].get("classes", ()))
+    side = min(14, 2.5 + 0.42 * n)
+    figure, axes = plt.subplots(1, len(files), figsize=((side + 1) * len(files), side), squeeze=False)
+    for axis, out, file in zip(axes.flat, results, files, strict=True):
+        if args.view not in out["results"] or "queries" not in out:
+            raise data.BadInput(f"{file} has no single videos of view {args.view}: it takes the result of retrieval, "
+                                f"linear or finetune on one split")
+        truth = np.array([q["label"] for q in out["queries"]])
+        if "predictions" in out:
+            said = np.array(out["predictions"][args.view])
+        else:
+            said = np.array([out["gallery"][line[0]]["label"] for line in out["neighbours"][args.view]])
+        names = out["classes"]
+        table = np.zeros((len(names), len(names)))
+        np.add.at(table, (truth, said), 1)
+        share = 100 * table / np.maximum(1, table.sum(1, keepdims=True))
+        image = axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
+        if len(names) <= 20:
+            for (y, x), value in np.ndenumerate(share):
+                if value:
+                    axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8,
+                              color="white" if value > 60 else "black")
+        size = 9 if len(names) <= 20 else 4
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+        axis.set_yticks(range(len(names)), names, fontsize=size)
+        p = out["protocol"]
+        axis.set(xlabel="said", ylabel="class", title=f"{p['method']}, {p.get('command', 'retrieval')}, {args.view}: "
+                                                      f"{100 * (truth == said).mean():.1f} % right")
+        figure.colorbar(image, ax=axis, label="% of the class", shrink=0.8)
+    figure.tight_layout()
+    save(figure, args.out)
+
+
+def main(argv=None):
     p = argparse.ArgumentParser(description="Draw figures from the files that the stages wrote.")
     commands = p.add_subparsers(dest="command", required=True)
     c = commands.add_parser("prototypes", help="Fig. 3")
@@ -180,9 +288,24 @@ def main():
     c.add_argument("--neighbours", type=int, default=5)
     c.add_argument("--seed", type=int, default=0, help="of the choice of queries")
     c.set_defaults(draw=retrieval)
+    c = commands.add_parser("lambda", help="Table 2 as heat maps")
+    c.add_argument("--results", required=True, help="folder that experiments.tables run filled")
+    c.add_argument("--on", default="ucf101", help="data set of the evaluation")
+    c.set_defaults(draw=lambdas)
+    c = commands.add_parser("features", help="t-SNE of features by class")
+    c.add_argument("--features", required=True, help="file that evaluate.py features wrote")
+    c.add_argument("--versus", help="another such file")
+    c.add_argument("--view", default="rgb", choices=("rgb", "flow", "rgb+flow"))
+    c.add_argument("--classes", type=int, default=10, help="those with most videos")
+    c.set_defaults(draw=features)
+    c = commands.add_parser("confusion", help="confusion matrix")
+    c.add_argument("--json", required=True, help="result of evaluate.py retrieval, linear or finetune")
+    c.add_argument("--versus", help="another such result")
+    c.add_argument("--view", default="rgb", choices=("rgb", "flow", "rgb+flow"))
+    c.set_defaults(draw=confusion)
     for c in commands.choices.values():
         c.add_argument("--out", required=True, help="picture to write")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     args.draw(args)
     return 0
 

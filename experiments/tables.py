@@ -1,32 +1,275 @@
-"""Tables from the results that evaluate.py wrote.
+"""The tables of the paper: the runs that they need, and our numbers beside the paper's.
 
+    python -m experiments.tables run  --table 1 --results DIR --sets sets.json --pretrain ucf101 --on ucf101 hmdb51 \\
+        --seeds 0 1 2
+    python -m experiments.tables show --table 1 --results DIR [--on ucf101 hmdb51] [--format latex]
     python -m experiments.tables show untrained.json goca.json [sep.json ...]
 
-One row a file and view, in the order given: R@1 and R@5 with standard errors, chance in the last row. Files must hold
-the same queries and the same protocol; what differs is said.
+run: pre-trains what the table needs, seed by seed, and evaluates it: DIR/<run>/seed<k>/ holds checkpoint, log and
+<command>-<set>.json; DIR/commands.jsonl each command with its seconds. Interrupted, the same command goes on; what is
+done is not done again. sets.json names the data sets: {"ucf101": {"dataset": "ucf101", "videos": ..., "splits": ...,
+"flow": ...}, ...}, any names and sizes. --pretrain-flags and --evaluate-flags go to pretrain.py and evaluate.py.
+
+show: the table as Markdown or LaTeX; a cell without a run says so. With files: R@k of several retrieval results, whose
+queries and protocol must be the same, as plain text.
 """
 
 import argparse
 import json
+import math
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
 from pathlib import Path
 
-import data
+import numpy as np
 
+import data
+import model
+from experiments.paper import LAMBDAS, TABLES, lambda_run
+
+ROOT = Path(__file__).parents[1]
 SAME = ("protocol", "fusion", "dataset", "split", "gallery", "queries", "classes")  # rows are comparable only then
 
 
-def load(path):
-    """A retrieval result. Raises BadInput if it is none."""
+# ---------------------------------------------------------------------------------------------------------------------
+# run: the commands of a table
+# ---------------------------------------------------------------------------------------------------------------------
+def run_flags(run):
+    """The flags of pretrain.py that make a run what its name says -> (defaults, fixed), before and after the user's."""
+    grid = {lambda_run(a, b): ["--lambda1", str(a), "--lambda2", str(b)] for a in LAMBDAS for b in LAMBDAS}
+    if run in grid:  # 200 epochs: section 4.1
+        return ["--epochs", "200"], ["--method", "goca", *grid[run]]
+    special = {"goca-prior-sign-minus": ["--prior-sign", "-1"], "goca-r2plus1d18": ["--arch", "r2plus1d18"]}
+    return (["--size", "112"] if run == "goca-r2plus1d18" else []), ["--method", run.split("-")[0],
+                                                                     *special.get(run, [])]
+
+
+def read_sets(path):
+    """sets.json -> {name: flags}. Raises BadInput where it is not as described above."""
+    try:
+        out = {}
+        for name, s in json.loads(Path(path).read_text()).items():
+            out[name] = ["--dataset", s["dataset"], "--videos", str(Path(s["videos"]).absolute()), "--flow",
+                         str(Path(s["flow"]).absolute())]
+            if "splits" in s:
+                out[name] += ["--splits", str(Path(s["splits"]).absolute())]
+        return out
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise data.BadInput(f"--sets {path} is no JSON file of {{name: {{dataset, videos, splits, flow}}}} "
+                            f"({e!r})") from e
+
+
+class Driver:
+    """Runs commands once: each is noted in DIR/commands.jsonl with its seconds, however it ended."""
+
+    def __init__(self, results):
+        self.path, self.failed = Path(results) / "commands.jsonl", []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.done = {line["out"]: line["command"] for line in read_commands(results) if line["status"] == 0}
+
+    def __call__(self, command, out, log, processes=1):
+        """Run `python *command`, whose result is the file `out`, unless that was done -> whether `out` is there."""
+        out = Path(out)
+        if out.exists() and str(out) in self.done:
+            if self.done[str(out)] != command:
+                raise data.BadInput(f"{out} was made by another command ({shlex.join(self.done[str(out)])}); give "
+                                    f"another --results, or remove it")
+            return True
+        launch = [sys.executable]
+        if processes > 1:
+            launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        print(f"{shlex.join(command)}\n    log: {log}", flush=True)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        began = time.perf_counter()
+        with open(log, "a") as f, subprocess.Popen([*launch, *command], cwd=ROOT, stdout=f, stderr=f) as process:
+            try:
+                process.wait()
+            finally:
+                if process.poll() is None:
+                    process.terminate()  # pre-training and fine-tuning save and leave
+                    process.wait()
+                seconds = time.perf_counter() - began
+                with open(self.path, "a") as notes:
+                    notes.write(json.dumps({"out": str(out), "command": command, "seconds": round(seconds, 1),
+                                            "status": process.returncode}) + "\n")
+        if process.returncode:
+            self.failed.append(log)
+            print(f"    failed with status {process.returncode}: {(log.read_text().splitlines() or ['-'])[-1]}")
+            return False
+        self.done[str(out)] = command
+        print(f"    {seconds:.0f} s", flush=True)
+        return True
+
+
+def read_commands(results):
+    """DIR/commands.jsonl -> list of {"out", "command", "seconds", "status"}."""
+    path = Path(results) / "commands.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    except ValueError as e:
+        raise data.BadInput(f"{path} is damaged ({e}); remove its broken line") from e
+
+
+def random_prototypes(path, num, dim):
+    """The unregularised prototypes of Table 3: unit rows drawn at random, not fitted by Eq. 11."""
+    p = np.random.default_rng(0).standard_normal((num, dim), dtype=np.float32)
+    data.save_arrays(path, "prototypes", {"num": num, "dim": dim, "seed": 0, "fitted": False},
+                     prototypes=p / np.linalg.norm(p, axis=1, keepdims=True))
+
+
+def run(args):
+    """Pre-train and evaluate all that the tables need -> 0, or 1 where a command failed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sets, results = read_sets(args.sets), Path(args.results).absolute()
+    for name in {args.pretrain, *args.on} - set(sets):
+        raise data.BadInput(f"--sets {args.sets} names no data set {name}; it has {', '.join(sets)}")
+    driver, user = Driver(results), shlex.split(args.pretrain_flags)
+    fitted, random = results / "prototypes.npz", results / "random_prototypes.npz"
+    size = ["--num", str(args.num), "--dim", str(args.dim)]
+    if not driver(["prototypes.py", *size, "--out", str(fitted)], fitted, results / "prototypes.log"):
+        return 1
+    if not random.exists():
+        random_prototypes(random, args.num, args.dim)
+    wanted = {}  # run -> commands of evaluate.py, in the tables' order
+    for table in (TABLES[n] for n in args.table):
+        for name in (r.run for r in table.rows if r.run):
+            wanted.setdefault(name, set()).add(table.command)
+    for name in [n for n in wanted if n.split("-")[0] not in model.METHODS and not n.startswith("lambda")]:
+        print(f"{name}: pretrain.py has no --method {name}; its rows stay as not run")
+        del wanted[name]
+    for seed in args.seeds:
+        for name, commands in wanted.items():
+            source = "k400" if name.endswith("k400") else args.pretrain
+            if source not in sets:
+                print(f"{name}: --sets names no data set {source}; its rows stay as not run")
+                continue
+            folder, (defaults, fixed) = results / name / f"seed{seed}", run_flags(name)
+            prototypes = random if name.endswith("random-prototypes") else fitted
+            trained = driver(["pretrain.py", *sets[source], "--prototypes", str(prototypes), "--out", str(folder),
+                              *defaults, *user, *fixed, "--seed", str(seed)], folder / "checkpoint.pt",
+                             folder / "pretrain.log", args.processes)
+            for command in sorted(commands) if trained else ():
+                frames = ["--frames", "16"] if "r2plus1d18" in name else []  # downstream, section 4
+                for on in args.on:
+                    out = folder / f"{command}-{on}.json"
+                    keep = ["--out", str(folder / f"{command}-{on}")] if command == "finetune" else []
+                    driver(["evaluate.py", command, "--checkpoint", str(folder), *sets[on], "--json", str(out), *keep,
+                            *frames, *shlex.split(args.evaluate_flags)], out, folder / f"{command}-{on}.log",
+                           args.processes)
+    for log in driver.failed:
+        print(f"failed: {log}")
+    return 1 if driver.failed else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# show: the paper's numbers, ours, and what lies between
+# ---------------------------------------------------------------------------------------------------------------------
+def load(path, command="retrieval"):
+    """A result of evaluate.py. Raises BadInput if it is none."""
     try:
         out = json.loads(Path(path).read_text())
         out["protocol"]["method"], out["results"]
         return out
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise data.BadInput(f"{path} is no result of: python evaluate.py retrieval --json ({e})") from e
+        raise data.BadInput(f"{path} is no result of: python evaluate.py {command} --json ({e})") from e
 
 
-def show(args):
-    """Print the table; ks that the smallest gallery does not allow are left out."""
+def collect(results, run_name, command, data_set):
+    """The results of a run by seed: {seed: JSON object}, empty where there is none."""
+    paths = sorted(Path(results).glob(f"{run_name}/seed*/{command}-{data_set}.json")) if run_name else []
+    return {int(p.parent.name.removeprefix("seed")): load(p, command) for p in paths}
+
+
+def ours(found, view, metric):
+    """Mean over seeds and its error: of the test set (or of k-means' runs) and, from two seeds on, between seeds."""
+    rows = [r["results"][view] for r in found.values()]
+    values = [r[metric] for r in rows]
+    error = statistics.mean(r.get(f"{metric} standard error", r.get(f"{metric} deviation", 0)) for r in rows)
+    between = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
+    return statistics.mean(values), math.hypot(error, between)
+
+
+HEAD = ("method", "data set", "paper", "ours", "difference in standard errors", "seeds", "hours", "logs")
+
+
+def cells(table, results, data_sets):
+    """The lines of a table, each a tuple like HEAD. Several metrics of a cell stand between slashes."""
+    spent = Counter()
+    for c in read_commands(results):
+        spent[c["out"]] += c["seconds"]  # interrupted attempts too
+    lines = []
+    for row in table.rows:
+        for name in data_sets or row.values or ["ucf101"]:
+            paper = row.values.get(name)
+            found = {seed: r for seed, r in collect(results, row.run, table.command, name).items()
+                     if row.view in r["results"]}
+            line = [row.label, name, " / ".join(map(str, paper)) if paper else "–"]
+            if not found:
+                lines.append((*line, "not run" if row.run else "not ours", "–", "–", "–", "–"))
+                continue
+            each = [ours(found, row.view, m) for m in table.metrics]
+            away = [f"{(x - p) / e:+.1f}" if e else "–" for (x, e), p in zip(each, paper or (), strict=bool(paper))]
+            runs = [Path(results).absolute() / row.run / f"seed{seed}" for seed in found]
+            seconds = [spent[str(folder / f)] for folder in runs for f in ("checkpoint.pt",
+                                                                           f"{table.command}-{name}.json")]
+            lines.append((*line, " / ".join(f"{x:.1f} ± {e:.1f}" for x, e in each), " / ".join(away) or "–",
+                          ", ".join(map(str, found)), f"{sum(seconds) / 3600:.2f}",
+                          f"{row.run}/seed{{{','.join(map(str, found))}}}"))
+    return lines
+
+
+def lambda_grid(lines):
+    """The lines of Table 2 as the paper prints them -> (head, lines): rows lambda2, columns lambda1, paper -> ours."""
+    grid = [f"{line[2]} → {line[3]}" for line in lines]
+    n = len(LAMBDAS)
+    return (("lambda2, lambda1:", *map(str, LAMBDAS)),
+            [(str(l2), *grid[i * n:(i + 1) * n]) for i, l2 in enumerate(LAMBDAS)])
+
+
+def as_markdown(title, head, lines):
+    return "\n".join([f"**{title}**", "", *(f"| {' | '.join(x)} |" for x in (head, ["---"] * len(head), *lines))])
+
+
+def as_latex(title, head, lines):
+    def escape(text):
+        for a, b in (("_", r"\_"), ("{", r"\{"), ("}", r"\}"), ("%", r"\%"), ("±", r"$\pm$"), ("–", "--"),
+                     ("→", r"$\to$"), ("lambda1", r"$\lambda_1$"), ("lambda2", r"$\lambda_2$")):
+            text = text.replace(a, b)
+        return text
+    body = [" & ".join(map(escape, line)) + r" \\" for line in (head, *lines)]
+    return "\n".join([r"\begin{table}", rf"\caption{{{escape(title)}}}",
+                      rf"\begin{{tabular}}{{l{'c' * (len(head) - 1)}}}", r"\hline", body[0],
+                      r"\hline", *body[1:], r"\hline", r"\end{tabular}", r"\end{table}"])
+
+
+def show_tables(args):
+    """Print tables, or write them to --out."""
+    form = as_markdown if args.format == "markdown" else as_latex
+    note = ("ours: mean over the seeds ± the error of the test set (clusters: the deviation of the runs of k-means) "
+            "and, from two seeds on, of the mean of the seeds; hours: pre-training and this evaluation, all seeds.")
+    parts = []
+    for table in (TABLES[n] for n in args.table):
+        lines = cells(table, args.results, args.on)
+        if table is TABLES[2] and len(lines) == len(LAMBDAS)**2:
+            parts.append(form(table.title, *lambda_grid(lines)))
+        parts.append(form(f"{table.title} ({' / '.join(table.metrics)})", HEAD, lines))
+    text = "\n\n".join([*parts, note]) + "\n"
+    if args.out:
+        with data.atomic(args.out) as tmp:
+            tmp.write_text(text)
+        print(f"written: {args.out}")
+    else:
+        print(text, end="")
+    return 0
+
+
+def show_files(args):
+    """Print R@k of several results; ks that the smallest gallery does not allow are left out."""
     results = {path: load(path) for path in args.files}
     first = next(iter(results.values()))["protocol"]
     for path, r in results.items():
@@ -45,12 +288,42 @@ def show(args):
     return 0
 
 
-def main():
-    p = argparse.ArgumentParser(description="Tables from the results that evaluate.py wrote.")
-    c = p.add_subparsers(dest="command", required=True).add_parser("show", help="R@k of several networks")
-    c.add_argument("files", nargs="+", help="results of: python evaluate.py retrieval --json FILE")
-    c.add_argument("--k", type=int, nargs="+", default=[1, 5])
-    return show(p.parse_args())
+def show(args):
+    if bool(args.files) == bool(args.table):
+        raise data.BadInput("show takes either result files, or --table and --results")
+    if args.table and not args.results:
+        raise data.BadInput("--results is missing: the folder that `tables run` filled")
+    return show_tables(args) if args.table else show_files(args)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description="The tables of the paper, theirs beside ours.")
+    commands = p.add_subparsers(dest="command", required=True)
+    c = commands.add_parser("run", help="pre-train and evaluate what tables need",
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    c.add_argument("--table", type=int, nargs="+", choices=TABLES, required=True)
+    c.add_argument("--results", required=True, help="folder to fill")
+    c.add_argument("--sets", required=True, help="JSON file of the data sets")
+    c.add_argument("--pretrain", default="ucf101", help="name of the set to pre-train on")
+    c.add_argument("--on", nargs="+", default=["ucf101"], help="names of the sets to evaluate on")
+    c.add_argument("--seeds", type=int, nargs="+", default=[0])
+    c.add_argument("--num", type=int, default=1000, help="prototypes")
+    c.add_argument("--dim", type=int, default=128, help="of a prototype")
+    c.add_argument("--processes", type=int, default=1, help="of torchrun")
+    c.add_argument("--pretrain-flags", default="", help="for pretrain.py, in one string")
+    c.add_argument("--evaluate-flags", default="", help="for evaluate.py, in one string")
+    c.set_defaults(call=run)
+    c = commands.add_parser("show", help="tables of the paper, or R@k of several result files")
+    c.add_argument("files", nargs="*", help="results of: python evaluate.py retrieval --json FILE")
+    c.add_argument("--k", type=int, nargs="+", default=[1, 5], help="of result files")
+    c.add_argument("--table", type=int, nargs="+", choices=TABLES)
+    c.add_argument("--results", help="folder that `run` filled")
+    c.add_argument("--on", nargs="+", help="data sets to show (default: the paper's)")
+    c.add_argument("--format", choices=("markdown", "latex"), default="markdown")
+    c.add_argument("--out", help="file for the tables (default: the terminal)")
+    c.set_defaults(call=show)
+    args = p.parse_args(argv)
+    return args.call(args)
 
 
 if __name__ == "__main__":
