@@ -1,0 +1,437 @@
+// TV-L1 on the CPU. The algorithm: tvl1.py; why the order of each operation counts: tvl1.h.
+//
+// Pairs are shared among threads, each pair is one thread's. Of a pair, an iteration is one sweep over the rows: row y of
+// u needs the dual p of rows y and y-1, the new p of row y-1 needs the new u of rows y-1 and y. So step y makes u of row
+// y, then p of row y-1. Iteration k+1 can make step y as soon as iteration k has made step y+1; up to BLOCK iterations
+// run one row behind the other, on rows that are still in the second-level cache (40 bytes a pixel are read and 24
+// written, 3 MB at 320x240). The first of a block reads the old planes and writes the new ones, the others work in
+// place: when the stop test, whose sum each iteration forms on its way, says that one of them was the last, the block
+// is repeated from the old planes up to that one.
+//
+// Vectors: functions marked CLONES are compiled for AVX-512, AVX2 and the base machine, picked when the program starts.
+// Each pixel's operations are the same in all. The sum of the stop test is in double, where its order decides nothing.
+//
+// Rows are padded to whole vectors. What lies in the padding stays zero: no gradient, no data term, p cut off at w-1.
+//
+// Memory: 16 planes of floats and the pyramids a thread, some 9 MB at 320x240.
+#include "tvl1.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#ifdef __clang__
+#pragma clang fp contract(off)
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+namespace goca::tvl1::cpu {
+namespace {
+
+constexpr int64_t LANES = 16, BLOCK = 8;  // floats of the widest vector; iterations of a block
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Planes of one level
+// ---------------------------------------------------------------------------------------------------------------------
+struct Size {
+  int64_t h, w;
+  int64_t row() const { return (w + LANES - 1) / LANES * LANES; }  // what loops run over
+  int64_t stride() const { return row() + LANES; }                 // with zeros before and behind
+  int64_t plane() const { return (h + 1) * stride(); }             // with a row of zeros above
+};
+
+// Two components (u and v, or the halves of p by x and by y) are two planes.
+struct Field {
+  float *u, *v;
+};
+struct State {
+  Field flow, px, py;  // px: dual of d/dx, for u and for v
+};
+struct Level {
+  Size size;
+  std::vector<float> memory;
+  State now, next;
+  float *Ix, *Iy, *grad, *rho;
+
+  explicit Level(Size s) : size(s), memory(16 * s.plane() + 2 * LANES) {
+    float* at = memory.data() + s.stride() + LANES;
+    const auto take = [&] { return std::exchange(at, at + s.plane()); };
+    for (State* state : {&now, &next}) {
+      for (Field* f : {&state->flow, &state->px, &state->py}) *f = {take(), take()};
+    }
+    Ix = take(), Iy = take(), grad = take(), rho = take();
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// One step of one iteration
+// ---------------------------------------------------------------------------------------------------------------------
+struct Weights {
+  float limit, theta, dual;  // lambda theta, theta, tau / theta
+};
+
+struct PrimalRow {
+  const float *u, *v, *pxu, *pxv, *pyu, *pyv, *pyu_above, *pyv_above, *Ix, *Iy, *grad, *rho;
+  float *u_new, *v_new;
+};
+
+INLINE float divergence(float px, float px_left, float py, float py_above, bool first) {
+  return first ? (px + py) - py_above : (px - px_left) + (py - py_above);
+}
+
+// v = u + TH(u), u = v + theta div p -> the squared change, summed over the row
+CLONES double primal_row(const PrimalRow& r, int64_t n, const Weights& w) {
+  const float *__restrict u = r.u, *__restrict v = r.v;
+  const float limit = w.limit, theta = w.theta;
+  double change = 0;
+#pragma omp simd reduction(+ : change)
+  for (int32_t x = 0; x < int32_t(n); ++x) {
+    const float rho = r.rho[x] + (r.Ix[x] * u[x] + r.Iy[x] * v[x]);
+    const float bound = limit * r.grad[x], quotient = -rho / r.grad[x];
+    const float inner = r.grad[x] > 1.1920929e-7f ? quotient : 0.f;
+    const float move = rho < -bound ? limit : rho > bound ? -limit : inner;
+    const float du = theta * divergence(r.pxu[x], r.pxu[x - 1], r.pyu[x], r.pyu_above[x], x == 0);
+    const float dv = theta * divergence(r.pxv[x], r.pxv[x - 1], r.pyv[x], r.pyv_above[x], x == 0);
+    const float u_new = (u[x] + move * r.Ix[x]) + du, v_new = (v[x] + move * r.Iy[x]) + dv;
+    const float cu = u_new - u[x], cv = v_new - v[x];
+    change += double(cu * cu + cv * cv);
+    r.u_new[x] = u_new;
+    r.v_new[x] = v_new;
+  }
+  return change;
+}
+
+struct DualRow {
+  const float *u, *u_below, *px, *py;
+  float *px_new, *py_new;
+};
+
+// p = (p + tau/theta grad u) / (1 + tau/theta |grad u|), of one component. |.| as hypotf rounds it: once.
+CLONES void dual_row(const DualRow& r, int64_t n, int64_t last, const Weights& w) {
+  const float* __restrict u = r.u;
+  const float dual = w.dual;
+#pragma omp simd
+  for (int32_t x = 0; x < int32_t(n); ++x) {
+    const float right = u[x + 1] - u[x], dx = x < int32_t(last) ? right : 0.f, dy = r.u_below[x] - u[x];
+    const float norm = float(std::sqrt(double(dx) * double(dx) + double(dy) * double(dy)));
+    const float scale = 1.f + dual * norm;
+    r.px_new[x] = (r.px[x] + dual * dx) / scale;
+    r.py_new[x] = (r.py[x] + dual * dy) / scale;
+  }
+}
+
+double step(const Level& l, const State& from, const State& to, int64_t y, const Weights& w) {
+  const int64_t at = y * l.size.stride(), above = at - l.size.stride(), n = l.size.row();
+  const double change = primal_row(
+      {from.flow.u + at, from.flow.v + at, from.px.u + at, from.px.v + at, from.py.u + at, from.py.v + at,
+       from.py.u + above, from.py.v + above, l.Ix + at, l.Iy + at, l.grad + at, l.rho + at, to.flow.u + at,
+       to.flow.v + at}, n, w);
+  const auto dual = [&](int64_t row, int64_t below) {
+    dual_row({to.flow.u + row, to.flow.u + below, from.px.u + row, from.py.u + row, to.px.u + row, to.py.u + row}, n,
+             l.size.w - 1, w);
+    dual_row({to.flow.v + row, to.flow.v + below, from.px.v + row, from.py.v + row, to.px.v + row, to.py.v + row}, n,
+             l.size.w - 1, w);
+  };
+  if (y > 0) dual(above, at);
+  if (y == l.size.h - 1) dual(at, at);  // no difference across the border
+  return change;
+}
+
+// `count` iterations from l.now to l.next; change[k] is iteration k's.
+void iterate(const Level& l, int64_t count, const Weights& w, double* change) {
+  std::fill(change, change + count, 0.);
+  for (int64_t t = 0; t < l.size.h + count - 1; ++t) {
+    for (int64_t k = std::max<int64_t>(0, t - l.size.h + 1); k <= std::min(t, count - 1); ++k) {
+      change[k] += step(l, k == 0 ? l.now : l.next, l.next, t - k, w);
+    }
+  }
+}
+
+// Iterations of the next block: most of those that the changes so far let expect before the stop.
+int64_t next_block(const double* change, int64_t count, double stop) {
+  if (count < 2 || !(change[count - 1] < change[0])) return BLOCK;
+  const double rate = std::log(change[0] / change[count - 1]) / double(count - 1);
+  const double left = 0.8 * std::log(change[count - 1] / stop) / rate;
+  return left < 2 ? 1 : left > double(BLOCK) ? BLOCK : int64_t(left);
+}
+
+void median5(const float* from, float* to, const Size& size, std::vector<float>& memory);
+
+// The iterations after one warp.
+void solve(Level& l, const Params& p, const Weights& w, double stop, std::vector<float>& sorted) {
+  double change[BLOCK] = {};
+  int64_t block = 2;
+  for (int64_t n = 0, outer = 0; outer < p.outer; ++outer) {
+    if (p.median) {
+      median5(l.now.flow.u, l.next.flow.u, l.size, sorted);
+      median5(l.now.flow.v, l.next.flow.v, l.size, sorted);
+      std::swap(l.now.flow, l.next.flow);
+    }
+    for (n = 0; n < p.inner;) {
+      const int64_t count = std::min(block, p.inner - n);
+      iterate(l, count, w, change);
+      const int64_t last = std::find_if(change, change + count, [=](double c) { return !(c > stop); }) - change;
+      if (last < count - 1) {
+        double again[BLOCK];
+        iterate(l, last + 1, w, again);
+      }
+      std::swap(l.now, l.next);
+      if (last < count) return;
+      n += count;
+      block = next_block(change, count, stop);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Median of 5x5, borders repeated
+// ---------------------------------------------------------------------------------------------------------------------
+INLINE void exchange(float& low, float& high) {
+  const float a = low, b = high;
+  low = a < b ? a : b;
+  high = a < b ? b : a;
+}
+
+template <const auto& PAIRS, size_t... I>
+INLINE void exchange_all(float* e, std::index_sequence<I...>) {
+  (exchange(e[PAIRS[I].low], e[PAIRS[I].high]), ...);
+}
+
+struct Pair {
+  uint8_t low, high;
+};
+constexpr Pair SORT5[] = {{0, 1}, {3, 4}, {2, 4}, {2, 3}, {1, 4}, {0, 3}, {0, 2}, {1, 3}, {1, 2}};
+// From 5 sorted columns, e[5 i + j] the i-th smallest of column j, to their median in e[12]: rows sorted and 13 candidates
+// merged, less every exchange that one can leave out without a wrong result on the 6^5 columns of zeros and ones (for
+// networks of minima and maxima these decide).
+constexpr Pair MEDIAN25[] = {
+    {3, 4},   {2, 4},   {2, 3},   {1, 4},   {0, 3},   {1, 3},   {5, 6},   {8, 9},   {7, 9},   {7, 8},
+    {6, 9},   {5, 8},   {6, 8},   {6, 7},   {10, 11}, {13, 14}, {12, 14}, {12, 13}, {11, 14}, {10, 13},
+    {10, 12}, {15, 16}, {18, 19}, {17, 18}, {16, 19}, {15, 18}, {15, 17}, {16, 18}, {16, 17}, {23, 24},
+    {22, 24}, {20, 23}, {20, 22}, {21, 23}, {21, 22}, {3, 4},   {9, 11},  {17, 20}, {3, 7},   {4, 8},
+    {9, 12},  {11, 13}, {4, 7},   {11, 12}, {4, 11},  {7, 9},   {8, 11},  {17, 21}, {8, 9},   {11, 12},
+    {16, 17}, {20, 21}, {4, 16},  {8, 20},  {9, 15},  {11, 16}, {12, 17}, {8, 11},  {12, 15}, {11, 12}};
+
+CLONES void sort_columns(const float* const rows[5], float* sorted, int64_t stride, int64_t n) {
+  const float *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3], *e = rows[4];
+#pragma omp simd
+  for (int64_t x = 0; x < n; ++x) {
+    float column[5] = {a[x], b[x], c[x], d[x], e[x]};
+    exchange_all<SORT5>(column, std::make_index_sequence<std::size(SORT5)>());
+    sorted[x] = column[0];
+    sorted[x + stride] = column[1];
+    sorted[x + 2 * stride] = column[2];
+    sorted[x + 3 * stride] = column[3];
+    sorted[x + 4 * stride] = column[4];
+  }
+}
+
+template <size_t... I>
+INLINE void load25(float* e, const float* sorted, int64_t stride, std::index_sequence<I...>) {
+  ((e[I] = sorted[int64_t(I / 5) * stride + int64_t(I % 5) - 2]), ...);
+}
+
+CLONES void median_row(const float* sorted, int64_t stride, float* to, int64_t n) {
+#pragma omp simd
+  for (int64_t x = 0; x < n; ++x) {
+    float e[25];
+    load25(e, sorted + x, stride, std::make_index_sequence<25>());
+    exchange_all<MEDIAN25>(e, std::make_index_sequence<std::size(MEDIAN25)>());
+    to[x] = e[12];
+  }
+}
+
+void median5(const float* from, float* to, const Size& size, std::vector<float>& memory) {
+  const int64_t h = size.h, w = size.w, n = size.row(), stride = n + 2 * LANES;
+  memory.resize(5 * stride);
+  float* sorted = memory.data() + LANES;
+  for (int64_t y = 0; y < h; ++y) {
+    const float* rows[5];
+    for (int64_t k = 0; k < 5; ++k) rows[k] = from + std::clamp<int64_t>(y + k - 2, 0, h - 1) * size.stride();
+    sort_columns(rows, sorted, stride, n);
+    for (float* row = sorted; row < sorted + 5 * stride; row += stride) {
+      row[-2] = row[-1] = row[0];
+      row[w] = row[w + 1] = row[w - 1];
+    }
+    median_row(sorted, stride, to + y * size.stride(), n);
+    std::fill(to + y * size.stride() + w, to + y * size.stride() + n, 0.f);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Images: bilinear resizing, bicubic warps
+// ---------------------------------------------------------------------------------------------------------------------
+struct Image {
+  int64_t h, w;
+  std::vector<float> pixels;
+  Image(int64_t h, int64_t w) : h(h), w(w), pixels(h * w) {}
+};
+
+struct Axis {  // sample d of an axis: a lerp of i[d] and j[d]
+  std::vector<int64_t> i, j;
+  std::vector<float> weight;
+  Axis(int64_t from, int64_t to, double scale) : i(to), j(to), weight(to) {
+    for (int64_t d = 0; d < to; ++d) {
+      const double at = (double(d) + 0.5) * scale - 0.5, low = std::floor(at);
+      i[d] = std::clamp<int64_t>(int64_t(low), 0, from - 1);
+      j[d] = std::clamp<int64_t>(int64_t(low) + 1, 0, from - 1);
+      weight[d] = float(at - low);
+    }
+  }
+};
+
+INLINE float lerp(float a, float b, float weight) { return std::fma(b - a, weight, a); }
+
+CLONES void resize(const float* from, int64_t from_stride, const Axis& ys, const Axis& xs, float factor, float* to,
+                   int64_t to_stride) {
+  for (size_t y = 0; y < ys.i.size(); ++y) {
+    const float *a = from + ys.i[y] * from_stride, *b = from + ys.j[y] * from_stride;
+    for (size_t x = 0; x < xs.i.size(); ++x) {
+      const int64_t i = xs.i[x], j = xs.j[x];
+      to[int64_t(y) * to_stride + int64_t(x)] =
+          factor * lerp(lerp(a[i], a[j], xs.weight[x]), lerp(b[i], b[j], xs.weight[x]), ys.weight[y]);
+    }
+  }
+}
+
+std::vector<Image> pyramid(Image image, const Params& p) {
+  std::vector<Image> levels{std::move(image)};
+  while (int64_t(levels.size()) < p.scales) {
+    const Image& fine = levels.back();
+    Image coarse(std::llrint(double(fine.h) * p.scale_step), std::llrint(double(fine.w) * p.scale_step));
+    if (std::min(coarse.h, coarse.w) < SMALLEST) break;
+    const double scale = 1 / p.scale_step;
+    resize(fine.pixels.data(), fine.w, Axis(fine.h, coarse.h, scale), Axis(fine.w, coarse.w, scale), 1.f,
+           coarse.pixels.data(), coarse.w);
+    levels.push_back(std::move(coarse));
+  }
+  return levels;
+}
+
+// An image and its central differences, side by side so that a tap of the warp is one load, in a frame of zeros.
+constexpr int64_t FRAME = 4;
+struct Textures {
+  int64_t h, w;
+  std::vector<float> pixels;  // [h + 2 FRAME, w + 2 FRAME, 4]
+  int64_t stride() const { return 4 * (w + 2 * FRAME); }
+  const float* at(int64_t y, int64_t x) const { return pixels.data() + (y + FRAME) * stride() + 4 * (x + FRAME); }
+
+  explicit Textures(const Image& I) : h(I.h), w(I.w), pixels((h + 2 * FRAME) * stride()) {
+    for (int64_t y = 0; y < h; ++y) {
+      const float* row = I.pixels.data() + y * w;
+      const float *above = y > 0 ? row - w : row, *below = y < h - 1 ? row + w : row;
+      float* to = const_cast<float*>(at(y, 0));
+      for (int64_t x = 0; x < w; ++x, to += 4) {
+        to[0] = row[x];
+        to[1] = 0.5f * (row[x < w - 1 ? x + 1 : x] - row[x > 0 ? x - 1 : x]);
+        to[2] = 0.5f * (below[x] - above[x]);
+      }
+    }
+  }
+};
+
+INLINE void cubic(float t, float* weights) {  // Keys' kernel with A = -3/4
+  const float A = -0.75f, s = 1 - t, tt = t * t, ss = s * s;
+  weights[0] = A * (ss * t);
+  weights[1] = std::fma(std::fma(A + 2, t, -(A + 3)), tt, 1.f);
+  weights[3] = A * (tt * s);
+  weights[2] = 1 - weights[0] - weights[1] - weights[3];
+}
+
+INLINE float between(float x, float low, float high) { return x > low ? x < high ? x : high : low; }  // NaN: low
+
+// I1(x + u), its gradient, and what doesn't change until the next warp: |grad|^2 and the constant part of rho.
+CLONES void warp_row(const Textures& I1, const float* I0, const float* u, const float* v, int64_t y, float* Ix, float* Iy,
+                     float* grad, float* rho) {
+  for (int64_t x = 0; x < I1.w; ++x) {
+    const float X = between(float(x) + u[x], -3.f, float(I1.w + 1)), Y = between(float(y) + v[x], -3.f, float(I1.h + 1));
+    const float left = std::floor(X), top = std::floor(Y);
+    float wx[4], wy[4], sum[4], row[4];
+    cubic(X - left, wx);
+    cubic(Y - top, wy);
+    const float* tap = I1.at(int64_t(top) - 1, int64_t(left) - 1);
+    for (int j = 0; j < 4; ++j, tap += I1.stride()) {
+      for (int c = 0; c < 4; ++c) row[c] = wx[0] * tap[c];
+      for (int c = 0; c < 4; ++c) row[c] = std::fma(wx[1], tap[c + 4], row[c]);
+      for (int c = 0; c < 4; ++c) row[c] = std::fma(wx[2], tap[c + 8], row[c]);
+      for (int c = 0; c < 4; ++c) row[c] = std::fma(wx[3], tap[c + 12], row[c]);
+      for (int c = 0; c < 4; ++c) sum[c] = j == 0 ? wy[0] * row[c] : std::fma(wy[j], row[c], sum[c]);
+    }
+    Ix[x] = sum[1];
+    Iy[x] = sum[2];
+    grad[x] = sum[1] * sum[1] + sum[2] * sum[2];
+    rho[x] = ((sum[0] - sum[1] * u[x]) - sum[2] * v[x]) - I0[x];
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Pairs
+// ---------------------------------------------------------------------------------------------------------------------
+Image frame_of(const Args& a, int64_t index) {
+  Image image(a.h, a.w);
+  const int64_t n = a.h * a.w;
+  for (int64_t i = 0; i < n; ++i) {
+    image.pixels[i] = a.bytes ? float(a.bytes[index * n + i]) : a.floats[index * n + i] * 255.f;
+  }
+  return image;
+}
+
+void pair(const Args& a, int64_t video, int64_t t) {
+  const Params& p = a.params;
+  const Weights weights{float(p.lambda * p.theta), float(p.theta), float(p.tau / p.theta)};
+  const auto first = pyramid(frame_of(a, video * a.frames + t), p);
+  const auto second = pyramid(frame_of(a, video * a.frames + t + 1), p);
+  std::vector<float> sorted;
+  Level coarse({0, 0});
+  for (size_t s = first.size(); s-- > 0;) {
+    Level l({first[s].h, first[s].w});
+    if (s + 1 < first.size()) {
+      const Axis ys(coarse.size.h, l.size.h, double(coarse.size.h) / double(l.size.h));
+      const Axis xs(coarse.size.w, l.size.w, double(coarse.size.w) / double(l.size.w));
+      const float factor = float(1 / p.scale_step);
+      resize(coarse.now.flow.u, coarse.size.stride(), ys, xs, factor, l.now.flow.u, l.size.stride());
+      resize(coarse.now.flow.v, coarse.size.stride(), ys, xs, factor, l.now.flow.v, l.size.stride());
+    }
+    const Textures I1(second[s]);
+    const double stop = float(p.epsilon * p.epsilon * double(l.size.h * l.size.w));
+    for (int64_t warp = 0; warp < p.warps; ++warp) {
+      for (int64_t y = 0; y < l.size.h; ++y) {
+        const int64_t at = y * l.size.stride();
+        warp_row(I1, first[s].pixels.data() + y * l.size.w, l.now.flow.u + at, l.now.flow.v + at, y, l.Ix + at, l.Iy + at,
+                 l.grad + at, l.rho + at);
+      }
+      solve(l, p, weights, stop, sorted);
+    }
+    coarse = std::move(l);
+  }
+  float* out = a.flow + (video * (a.frames - 1) + t) * 2 * a.h * a.w;
+  for (const float* plane : {coarse.now.flow.u, coarse.now.flow.v}) {
+    for (int64_t y = 0; y < a.h; ++y, out += a.w) std::copy_n(plane + y * coarse.size.stride(), a.w, out);
+  }
+}
+
+}  // namespace
+
+void flow(const Args& a) {
+  const int64_t pairs = a.videos * (a.frames - 1);
+  std::atomic<int64_t> next = 0;
+  at::parallel_for(0, std::min<int64_t>(pairs, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {  // whoever is free takes the next: pairs differ threefold
+      for (int64_t i; (i = next++) < pairs;) pair(a, i / (a.frames - 1), i % (a.frames - 1));
+    }
+  });
+}
+
+}  // namespace goca::tvl1::cpu
