@@ -2,20 +2,22 @@
 
     flow(frames [B, T, H, W]) -> [B, T-1, 2, H, W]
 
-u minimises  sum |grad u| + lambda |rho(u)|,  rho(u) = I1(x + u0) + <grad I1(x + u0), u - u0> - I0,  over a pyramid, coarse
-to fine, u0 being the flow of the last warp. With an auxiliary v close to u (weight 1 / 2 theta) it falls into two steps:
+u minimises  sum |grad u| + lambda |rho(u)|,  rho(u) = I1(x + u0) + <grad I1(x + u0), u - u0> - I0,  over a pyramid,
+coarse to fine, u0 being the flow of the last warp. With an auxiliary v close to u (weight 1 / 2 theta) it falls in two
+problems, solved in turns with a step on the dual p of the total variation:
 
-    v = u + TH(u)                     pointwise: a clamped move along grad I1       (their Eq. 17)
-    u = v + theta div p               the dual p of the total variation             (their Eq. 14)
+    v = u + TH(u)                     pointwise: -rho / |grad I1|^2 times grad I1, clamped to lambda theta
+    u = v + theta div p
     p = (p + tau/theta grad u) / (1 + tau/theta |grad u|)
 
 The paper leaves the discrete choices open. Here they are those of OpenCV's cv2.optflow.DualTVL1OpticalFlow, so that
-stores of either agree (tests/test_tvl1.py: mean end-point distance below 0.02 px): pyramid by bilinear resizing, bicubic
-warps (Catmull-like, A = -0.75) that see 0 outside, central differences with repeated borders, a 5x5 median of u before
-each 30 inner steps, and an end of a warp's steps when the mean squared change of u is at most epsilon^2. Its gamma
-(illumination) is left out: 0 by default there. OpenCV 4 rounds the warp's coordinates to 1/32 px; 5 and this do not.
+stores of either agree: pyramid by bilinear resizing, bicubic warps (A = -3/4) that see 0 outside, central differences
+with repeated borders, a 5x5 median of u before each 30 inner steps, and an end of a warp's steps when the mean squared
+change of u is at most epsilon^2. Its gamma (illumination) is left out: 0 by default there. OpenCV 4 rounds the warp's
+coordinates to 1/32 px; OpenCV 5 and this do not.
 
-`reference` is PyTorch, for any device; the compiled operator (csrc/) computes the same, many times faster.
+`reference` is PyTorch. The compiled operator (csrc/tvl1*) computes the same with every operation rounded as OpenCV 5
+does, ten times as fast as that.
 """
 
 import torch
@@ -60,7 +62,7 @@ def flow(frames, *, impl="auto", **params):
         raise ValueError(f"median must be 5, or 1 for none, got {params['median']}")
     if impl not in ("auto", "reference", "compiled"):
         raise ValueError(f"impl must be auto, reference or compiled, got {impl!r}")
-    if impl == "compiled" or impl == "auto" and goca._goca is not None:
+    if impl == "compiled" or (impl == "auto" and goca._goca is not None):
         if goca._goca is None:
             raise ValueError(f"impl is compiled, but the extension isn't built; build it: {goca.BUILD}")
         return torch.ops.goca.tvl1_flow(frames, *params.values())
@@ -148,8 +150,8 @@ def reference(frames, tau, lam, theta, scales, warps, epsilon, inner, outer, sca
                 if step % inner == 0 and median == 5:
                     u = torch.where(now, median5(u), u)
                 rho = rho0 + (g * u).sum(1)
-                v = u + (-rho / g2).clamp(-lam * theta, lam * theta)[:, None] * g  # Eq. 17
-                new = v + theta * divergence(p)  # Eq. 14
+                v = u + (-rho / g2).clamp(-lam * theta, lam * theta)[:, None] * g
+                new = v + theta * divergence(p)
                 error = (new - u).square().sum((1, 2, 3))
                 d = tau / theta * gradient(new)
                 p = torch.where(now[:, None], (p + d) / (1 + d.norm(dim=2, keepdim=True)), p)

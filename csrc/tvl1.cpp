@@ -1,4 +1,4 @@
-// torch.ops.goca.tvl1_flow: schema, checks, allocation. tvl1.py checks what users hand over and says it in its own words.
+// torch.ops.goca.tvl1_flow: schema, checks, allocation. tvl1.py checks what users hand over, in its own words.
 #include "tvl1.h"
 
 #include <ATen/ATen.h>
@@ -21,7 +21,8 @@ void check(const Tensor& frames, double tau, double lambda, double theta, int64_
   for (const auto& [name, value] : {std::pair("tau", tau), {"lam", lambda}, {"theta", theta}}) {
     TORCH_CHECK_VALUE(value > 0 && std::isfinite(value), name, " must be a positive number, got ", value);
   }
-  for (const auto& [name, value] : {std::pair("scales", scales), {"warps", warps}, {"inner", inner}, {"outer", outer}}) {
+  for (const auto& [name, value] :
+       {std::pair("scales", scales), {"warps", warps}, {"inner", inner}, {"outer", outer}}) {
     TORCH_CHECK_VALUE(value >= 1, name, " must be at least 1, got ", value);
   }
   TORCH_CHECK_VALUE(epsilon >= 0 && std::isfinite(epsilon), "epsilon must be a number of 0 or more, got ", epsilon);

@@ -1,11 +1,10 @@
-// TV-L1 optical flow (Zach, Pock, Bischof 2007): what tvl1.cpp hands to the kernels (tvl1_cpu.cpp, tvl1_cuda.cu), and the
-// arithmetic of a pixel, which both share. The algorithm as a page of PyTorch: tvl1.py.
+// TV-L1 optical flow (Zach, Pock, Bischof 2007): what tvl1.cpp hands to the kernels. The algorithm as a page of
+// PyTorch: tvl1.py.
 //
 // The iteration amplifies: frames that differ by 0.001 grey levels give flow that differs by 0.01 to 0.03 px, because a
-// warp may end a step earlier and because warps see 0 outside the picture. Close to OpenCV therefore means equal to it,
-// bit for bit wherever that is possible: each operation below is IEEE float32, rounded one by one in OpenCV's order,
-// without contraction to fused ones except where its vectors fuse. The same operations on every machine give the same
-// bits: with any vectors, any number of threads, on the CPU and on the GPU.
+// warp's iterations end one sooner or later and because warps see 0 outside the picture. To be close to OpenCV means to
+// be equal to it: each operation is IEEE float32, rounded one by one in OpenCV's order, and fused only where OpenCV's
+// vectors fuse. The same operations give the same bits with any vectors and any number of threads.
 #pragma once
 #include <cstdint>
 

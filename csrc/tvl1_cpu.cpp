@@ -1,19 +1,18 @@
 // TV-L1 on the CPU. The algorithm: tvl1.py; why the order of each operation counts: tvl1.h.
 //
-// Pairs are shared among threads, each pair is one thread's. Of a pair, an iteration is one sweep over the rows: row y of
-// u needs the dual p of rows y and y-1, the new p of row y-1 needs the new u of rows y-1 and y. So step y makes u of row
-// y, then p of row y-1. Iteration k+1 can make step y as soon as iteration k has made step y+1; up to BLOCK iterations
-// run one row behind the other, on rows that are still in the second-level cache (40 bytes a pixel are read and 24
-// written, 3 MB at 320x240). The first of a block reads the old planes and writes the new ones, the others work in
-// place: when the stop test, whose sum each iteration forms on its way, says that one of them was the last, the block
-// is repeated from the old planes up to that one.
+// Each pair is one thread's. An iteration is one sweep over the rows, in place: row y of u needs the dual p of rows y
+// and y-1, the new p of row y-1 needs the new u of rows y-1 and y. So step y makes u of row y, then p of row y-1, and
+// with them the sum of the stop test. A pixel-iteration reads 40 bytes and writes 24, and the 3 MB of a 320x240 pair stay
+// in a third-level cache; its 3 divisions and 2 square roots in double are most of its time. So several iterations one
+// row behind the other, on rows still in the second-level cache, gain nothing (tried with 2, 4 and 8): what they did
+// after the stop test has to be undone and repeated.
 //
 // Vectors: functions marked CLONES are compiled for AVX-512, AVX2 and the base machine, picked when the program starts.
 // Each pixel's operations are the same in all. The sum of the stop test is in double, where its order decides nothing.
 //
 // Rows are padded to whole vectors. What lies in the padding stays zero: no gradient, no data term, p cut off at w-1.
 //
-// Memory: 16 planes of floats and the pyramids a thread, some 9 MB at 320x240.
+// Memory: 12 planes of floats and the pyramids a thread, some 7 MB at 320x240.
 #include "tvl1.h"
 
 #include <ATen/Parallel.h>
@@ -28,7 +27,7 @@
 #ifdef __clang__
 #pragma clang fp contract(off)
 #else
-#pragma GCC optimize("fp-contract=off")
+#pragma GCC optimize("fp-contract=off", "no-trapping-math", "no-math-errno")
 #endif
 #if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -40,7 +39,7 @@
 namespace goca::tvl1::cpu {
 namespace {
 
-constexpr int64_t LANES = 16, BLOCK = 8;  // floats of the widest vector; iterations of a block
+constexpr int64_t LANES = 16;  // floats of the widest vector
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Planes of one level
@@ -56,21 +55,16 @@ struct Size {
 struct Field {
   float *u, *v;
 };
-struct State {
-  Field flow, px, py;  // px: dual of d/dx, for u and for v
-};
 struct Level {
   Size size;
   std::vector<float> memory;
-  State now, next;
+  Field flow, px, py, spare;  // px: the dual of d/dx, for u and for v
   float *Ix, *Iy, *grad, *rho;
 
-  explicit Level(Size s) : size(s), memory(16 * s.plane() + 2 * LANES) {
+  explicit Level(Size s) : size(s), memory(12 * s.plane() + 2 * LANES) {
     float* at = memory.data() + s.stride() + LANES;
     const auto take = [&] { return std::exchange(at, at + s.plane()); };
-    for (State* state : {&now, &next}) {
-      for (Field* f : {&state->flow, &state->px, &state->py}) *f = {take(), take()};
-    }
+    for (Field* f : {&flow, &px, &py, &spare}) *f = {take(), take()};
     Ix = take(), Iy = take(), grad = take(), rho = take();
   }
 };
@@ -83,114 +77,95 @@ struct Weights {
 };
 
 struct PrimalRow {
-  const float *u, *v, *pxu, *pxv, *pyu, *pyv, *pyu_above, *pyv_above, *Ix, *Iy, *grad, *rho;
-  float *u_new, *v_new;
+  float *u, *v;
+  const float *pxu, *pxv, *pyu, *pyv, *pyu_above, *pyv_above, *Ix, *Iy, *grad, *rho;
 };
 
+// OpenCV's order: the first column has no left neighbour and adds up differently.
 INLINE float divergence(float px, float px_left, float py, float py_above, bool first) {
-  return first ? (px + py) - py_above : (px - px_left) + (py - py_above);
+  const float edge = (px + py) - py_above, inside = (px - px_left) + (py - py_above);
+  return first ? edge : inside;
 }
 
 // v = u + TH(u), u = v + theta div p -> the squared change, summed over the row
 CLONES double primal_row(const PrimalRow& r, int64_t n, const Weights& w) {
-  const float *__restrict u = r.u, *__restrict v = r.v;
+  float *u = r.u, *v = r.v;
+  const float *pxu = r.pxu, *pxv = r.pxv, *pyu = r.pyu, *pyv = r.pyv, *pyu_above = r.pyu_above,
+              *pyv_above = r.pyv_above, *Ix = r.Ix, *Iy = r.Iy, *grad = r.grad, *rho0 = r.rho;
   const float limit = w.limit, theta = w.theta;
   double change = 0;
 #pragma omp simd reduction(+ : change)
   for (int32_t x = 0; x < int32_t(n); ++x) {
-    const float rho = r.rho[x] + (r.Ix[x] * u[x] + r.Iy[x] * v[x]);
-    const float bound = limit * r.grad[x], quotient = -rho / r.grad[x];
-    const float inner = r.grad[x] > 1.1920929e-7f ? quotient : 0.f;
-    const float move = rho < -bound ? limit : rho > bound ? -limit : inner;
-    const float du = theta * divergence(r.pxu[x], r.pxu[x - 1], r.pyu[x], r.pyu_above[x], x == 0);
-    const float dv = theta * divergence(r.pxv[x], r.pxv[x - 1], r.pyv[x], r.pyv_above[x], x == 0);
-    const float u_new = (u[x] + move * r.Ix[x]) + du, v_new = (v[x] + move * r.Iy[x]) + dv;
+    const float rho = rho0[x] + (Ix[x] * u[x] + Iy[x] * v[x]), bound = limit * grad[x], quotient = -rho / grad[x];
+    float move = grad[x] > 1.1920929e-7f ? quotient : 0.f;
+    move = rho > bound ? -limit : move;
+    move = rho < -bound ? limit : move;
+    const float du = theta * divergence(pxu[x], pxu[x - 1], pyu[x], pyu_above[x], x == 0);
+    const float dv = theta * divergence(pxv[x], pxv[x - 1], pyv[x], pyv_above[x], x == 0);
+    const float u_new = (u[x] + move * Ix[x]) + du, v_new = (v[x] + move * Iy[x]) + dv;
     const float cu = u_new - u[x], cv = v_new - v[x];
     change += double(cu * cu + cv * cv);
-    r.u_new[x] = u_new;
-    r.v_new[x] = v_new;
+    u[x] = u_new;
+    v[x] = v_new;
   }
   return change;
 }
 
-struct DualRow {
-  const float *u, *u_below, *px, *py;
-  float *px_new, *py_new;
+struct DualRow {  // of one component
+  const float *u, *u_below;
+  float *px, *py;
 };
 
-// p = (p + tau/theta grad u) / (1 + tau/theta |grad u|), of one component. |.| as hypotf rounds it: once.
+// a / b with a division's rounding, from the rounded 1 / b: two quotients for the price of one (Markstein).
+INLINE float quotient(float a, float b, float inverse) {
+  const float q = a * inverse;
+  return std::fma(std::fma(-q, b, a), inverse, q);
+}
+
+// p = (p + tau/theta grad u) / (1 + tau/theta |grad u|). |.| as hypotf rounds it: once.
 CLONES void dual_row(const DualRow& r, int64_t n, int64_t last, const Weights& w) {
-  const float* __restrict u = r.u;
+  const float *u = r.u, *u_below = r.u_below;
+  float *px = r.px, *py = r.py;
   const float dual = w.dual;
 #pragma omp simd
   for (int32_t x = 0; x < int32_t(n); ++x) {
-    const float right = u[x + 1] - u[x], dx = x < int32_t(last) ? right : 0.f, dy = r.u_below[x] - u[x];
+    const float right = u[x + 1] - u[x], dx = x < int32_t(last) ? right : 0.f, dy = u_below[x] - u[x];
     const float norm = float(std::sqrt(double(dx) * double(dx) + double(dy) * double(dy)));
-    const float scale = 1.f + dual * norm;
-    r.px_new[x] = (r.px[x] + dual * dx) / scale;
-    r.py_new[x] = (r.py[x] + dual * dy) / scale;
+    const float scale = 1.f + dual * norm, inverse = 1.f / scale;
+    px[x] = quotient(px[x] + dual * dx, scale, inverse);
+    py[x] = quotient(py[x] + dual * dy, scale, inverse);
   }
 }
 
-double step(const Level& l, const State& from, const State& to, int64_t y, const Weights& w) {
-  const int64_t at = y * l.size.stride(), above = at - l.size.stride(), n = l.size.row();
-  const double change = primal_row(
-      {from.flow.u + at, from.flow.v + at, from.px.u + at, from.px.v + at, from.py.u + at, from.py.v + at,
-       from.py.u + above, from.py.v + above, l.Ix + at, l.Iy + at, l.grad + at, l.rho + at, to.flow.u + at,
-       to.flow.v + at}, n, w);
-  const auto dual = [&](int64_t row, int64_t below) {
-    dual_row({to.flow.u + row, to.flow.u + below, from.px.u + row, from.py.u + row, to.px.u + row, to.py.u + row}, n,
-             l.size.w - 1, w);
-    dual_row({to.flow.v + row, to.flow.v + below, from.px.v + row, from.py.v + row, to.px.v + row, to.py.v + row}, n,
-             l.size.w - 1, w);
+double iterate(const Level& l, const Weights& w) {
+  const int64_t h = l.size.h, stride = l.size.stride(), n = l.size.row(), last = l.size.w - 1;
+  const auto dual = [&](int64_t at, int64_t below) {
+    dual_row({l.flow.u + at, l.flow.u + below, l.px.u + at, l.py.u + at}, n, last, w);
+    dual_row({l.flow.v + at, l.flow.v + below, l.px.v + at, l.py.v + at}, n, last, w);
   };
-  if (y > 0) dual(above, at);
-  if (y == l.size.h - 1) dual(at, at);  // no difference across the border
-  return change;
-}
-
-// `count` iterations from l.now to l.next; change[k] is iteration k's.
-void iterate(const Level& l, int64_t count, const Weights& w, double* change) {
-  std::fill(change, change + count, 0.);
-  for (int64_t t = 0; t < l.size.h + count - 1; ++t) {
-    for (int64_t k = std::max<int64_t>(0, t - l.size.h + 1); k <= std::min(t, count - 1); ++k) {
-      change[k] += step(l, k == 0 ? l.now : l.next, l.next, t - k, w);
-    }
+  double change = 0;
+  for (int64_t y = 0; y < h; ++y) {
+    const int64_t at = y * stride, above = at - stride;
+    change += primal_row({l.flow.u + at, l.flow.v + at, l.px.u + at, l.px.v + at, l.py.u + at, l.py.v + at,
+                          l.py.u + above, l.py.v + above, l.Ix + at, l.Iy + at, l.grad + at, l.rho + at}, n, w);
+    if (y > 0) dual(above, at);
   }
-}
-
-// Iterations of the next block: most of those that the changes so far let expect before the stop.
-int64_t next_block(const double* change, int64_t count, double stop) {
-  if (count < 2 || !(change[count - 1] < change[0])) return BLOCK;
-  const double rate = std::log(change[0] / change[count - 1]) / double(count - 1);
-  const double left = 0.8 * std::log(change[count - 1] / stop) / rate;
-  return left < 2 ? 1 : left > double(BLOCK) ? BLOCK : int64_t(left);
+  dual((h - 1) * stride, (h - 1) * stride);  // no difference across the border
+  return change;
 }
 
 void median5(const float* from, float* to, const Size& size, std::vector<float>& memory);
 
 // The iterations after one warp.
 void solve(Level& l, const Params& p, const Weights& w, double stop, std::vector<float>& sorted) {
-  double change[BLOCK] = {};
-  int64_t block = 2;
-  for (int64_t n = 0, outer = 0; outer < p.outer; ++outer) {
+  for (int64_t outer = 0; outer < p.outer; ++outer) {
     if (p.median) {
-      median5(l.now.flow.u, l.next.flow.u, l.size, sorted);
-      median5(l.now.flow.v, l.next.flow.v, l.size, sorted);
-      std::swap(l.now.flow, l.next.flow);
+      median5(l.flow.u, l.spare.u, l.size, sorted);
+      median5(l.flow.v, l.spare.v, l.size, sorted);
+      std::swap(l.flow, l.spare);
     }
-    for (n = 0; n < p.inner;) {
-      const int64_t count = std::min(block, p.inner - n);
-      iterate(l, count, w, change);
-      const int64_t last = std::find_if(change, change + count, [=](double c) { return !(c > stop); }) - change;
-      if (last < count - 1) {
-        double again[BLOCK];
-        iterate(l, last + 1, w, again);
-      }
-      std::swap(l.now, l.next);
-      if (last < count) return;
-      n += count;
-      block = next_block(change, count, stop);
+    for (int64_t inner = 0; inner < p.inner; ++inner) {
+      if (!(iterate(l, w) > stop)) return;
     }
   }
 }
@@ -198,14 +173,23 @@ void solve(Level& l, const Params& p, const Weights& w, double stop, std::vector
 // ---------------------------------------------------------------------------------------------------------------------
 // Median of 5x5, borders repeated
 // ---------------------------------------------------------------------------------------------------------------------
-INLINE void exchange(float& low, float& high) {
-  const float a = low, b = high;
+// Vectors of the compiler's own: it doesn't find them in a loop of so many comparisons.
+using Eight [[gnu::vector_size(32)]] = float;
+
+INLINE Eight load(const float* from) {
+  Eight x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+INLINE void exchange(Eight& low, Eight& high) {
+  const Eight a = low, b = high;
   low = a < b ? a : b;
-  high = a < b ? b : a;
+  high = a > b ? a : b;
 }
 
 template <const auto& PAIRS, size_t... I>
-INLINE void exchange_all(float* e, std::index_sequence<I...>) {
+INLINE void exchange_all(Eight* e, std::index_sequence<I...>) {
   (exchange(e[PAIRS[I].low], e[PAIRS[I].high]), ...);
 }
 
@@ -213,9 +197,9 @@ struct Pair {
   uint8_t low, high;
 };
 constexpr Pair SORT5[] = {{0, 1}, {3, 4}, {2, 4}, {2, 3}, {1, 4}, {0, 3}, {0, 2}, {1, 3}, {1, 2}};
-// From 5 sorted columns, e[5 i + j] the i-th smallest of column j, to their median in e[12]: rows sorted and 13 candidates
-// merged, less every exchange that one can leave out without a wrong result on the 6^5 columns of zeros and ones (for
-// networks of minima and maxima these decide).
+// From 5 sorted columns, e[5 i + j] the i-th smallest of column j, to their median in e[12]: rows sorted, then the 13
+// candidates merged, less every exchange that can be left out without a wrong result on the 6^5 sorted columns of zeros
+// and ones (for networks of minima and maxima these decide).
 constexpr Pair MEDIAN25[] = {
     {3, 4},   {2, 4},   {2, 3},   {1, 4},   {0, 3},   {1, 3},   {5, 6},   {8, 9},   {7, 9},   {7, 8},
     {6, 9},   {5, 8},   {6, 8},   {6, 7},   {10, 11}, {13, 14}, {12, 14}, {12, 13}, {11, 14}, {10, 13},
@@ -225,31 +209,20 @@ constexpr Pair MEDIAN25[] = {
     {16, 17}, {20, 21}, {4, 16},  {8, 20},  {9, 15},  {11, 16}, {12, 17}, {8, 11},  {12, 15}, {11, 12}};
 
 CLONES void sort_columns(const float* const rows[5], float* sorted, int64_t stride, int64_t n) {
-  const float *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3], *e = rows[4];
-#pragma omp simd
-  for (int64_t x = 0; x < n; ++x) {
-    float column[5] = {a[x], b[x], c[x], d[x], e[x]};
+  for (int64_t x = 0; x < n; x += 8) {
+    Eight column[5];
+    for (int k = 0; k < 5; ++k) column[k] = load(rows[k] + x);
     exchange_all<SORT5>(column, std::make_index_sequence<std::size(SORT5)>());
-    sorted[x] = column[0];
-    sorted[x + stride] = column[1];
-    sorted[x + 2 * stride] = column[2];
-    sorted[x + 3 * stride] = column[3];
-    sorted[x + 4 * stride] = column[4];
+    for (int k = 0; k < 5; ++k) std::memcpy(sorted + k * stride + x, &column[k], sizeof column[k]);
   }
 }
 
-template <size_t... I>
-INLINE void load25(float* e, const float* sorted, int64_t stride, std::index_sequence<I...>) {
-  ((e[I] = sorted[int64_t(I / 5) * stride + int64_t(I % 5) - 2]), ...);
-}
-
 CLONES void median_row(const float* sorted, int64_t stride, float* to, int64_t n) {
-#pragma omp simd
-  for (int64_t x = 0; x < n; ++x) {
-    float e[25];
-    load25(e, sorted + x, stride, std::make_index_sequence<25>());
+  for (int64_t x = 0; x < n; x += 8) {
+    Eight e[25];
+    for (int k = 0; k < 25; ++k) e[k] = load(sorted + k / 5 * stride + x + k % 5 - 2);
     exchange_all<MEDIAN25>(e, std::make_index_sequence<std::size(MEDIAN25)>());
-    to[x] = e[12];
+    std::memcpy(to + x, &e[12], sizeof e[12]);
   }
 }
 
@@ -353,10 +326,11 @@ INLINE void cubic(float t, float* weights) {  // Keys' kernel with A = -3/4
 INLINE float between(float x, float low, float high) { return x > low ? x < high ? x : high : low; }  // NaN: low
 
 // I1(x + u), its gradient, and what doesn't change until the next warp: |grad|^2 and the constant part of rho.
-CLONES void warp_row(const Textures& I1, const float* I0, const float* u, const float* v, int64_t y, float* Ix, float* Iy,
-                     float* grad, float* rho) {
+CLONES void warp_row(const Textures& I1, const float* I0, const float* u, const float* v, int64_t y, float* Ix,
+                     float* Iy, float* grad, float* rho) {
   for (int64_t x = 0; x < I1.w; ++x) {
-    const float X = between(float(x) + u[x], -3.f, float(I1.w + 1)), Y = between(float(y) + v[x], -3.f, float(I1.h + 1));
+    const float X = between(float(x) + u[x], -3.f, float(I1.w + 1));
+    const float Y = between(float(y) + v[x], -3.f, float(I1.h + 1));
     const float left = std::floor(X), top = std::floor(Y);
     float wx[4], wy[4], sum[4], row[4];
     cubic(X - left, wx);
@@ -401,15 +375,15 @@ void pair(const Args& a, int64_t video, int64_t t) {
       const Axis ys(coarse.size.h, l.size.h, double(coarse.size.h) / double(l.size.h));
       const Axis xs(coarse.size.w, l.size.w, double(coarse.size.w) / double(l.size.w));
       const float factor = float(1 / p.scale_step);
-      resize(coarse.now.flow.u, coarse.size.stride(), ys, xs, factor, l.now.flow.u, l.size.stride());
-      resize(coarse.now.flow.v, coarse.size.stride(), ys, xs, factor, l.now.flow.v, l.size.stride());
+      resize(coarse.flow.u, coarse.size.stride(), ys, xs, factor, l.flow.u, l.size.stride());
+      resize(coarse.flow.v, coarse.size.stride(), ys, xs, factor, l.flow.v, l.size.stride());
     }
     const Textures I1(second[s]);
     const double stop = float(p.epsilon * p.epsilon * double(l.size.h * l.size.w));
     for (int64_t warp = 0; warp < p.warps; ++warp) {
       for (int64_t y = 0; y < l.size.h; ++y) {
         const int64_t at = y * l.size.stride();
-        warp_row(I1, first[s].pixels.data() + y * l.size.w, l.now.flow.u + at, l.now.flow.v + at, y, l.Ix + at, l.Iy + at,
+        warp_row(I1, first[s].pixels.data() + y * l.size.w, l.flow.u + at, l.flow.v + at, y, l.Ix + at, l.Iy + at,
                  l.grad + at, l.rho + at);
       }
       solve(l, p, weights, stop, sorted);
@@ -417,7 +391,7 @@ void pair(const Args& a, int64_t video, int64_t t) {
     coarse = std::move(l);
   }
   float* out = a.flow + (video * (a.frames - 1) + t) * 2 * a.h * a.w;
-  for (const float* plane : {coarse.now.flow.u, coarse.now.flow.v}) {
+  for (const float* plane : {coarse.flow.u, coarse.flow.v}) {
     for (int64_t y = 0; y < a.h; ++y, out += a.w) std::copy_n(plane + y * coarse.size.stride(), a.w, out);
   }
 }
