@@ -4,7 +4,14 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
+
+#ifdef GOCA_CUDA
+#include "tvl1_cuda.h"
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
 
 namespace goca {
 namespace {
@@ -35,9 +42,34 @@ Tensor empty_flow(const Tensor& frames) {
                           frames.options().dtype(at::kFloat));
 }
 
+#ifdef GOCA_CUDA
+constexpr int64_t CUDA_BATCH = 256;  // pairs; where memory doesn't suffice, half as many, and so on
+
+void flow_on_cuda(const tvl1::Args& args, const at::TensorOptions& options) {
+  const auto stream = c10::cuda::getCurrentCUDAStream().stream();
+  const int64_t pairs = args.videos * (args.frames - 1);
+  int64_t batch = std::min(pairs, CUDA_BATCH);
+  Tensor workspace;
+  while (!workspace.defined()) {
+    try {
+      workspace = at::empty({int64_t(tvl1::cuda::workspace_bytes(args, batch))}, options.dtype(at::kByte));
+    } catch (const c10::OutOfMemoryError&) {
+      if (batch == 1) throw;
+      batch = (batch + 1) / 2;
+    }
+  }
+  for (int64_t first = 0; first < pairs; first += batch) {
+    tvl1::cuda::flow(args, first, std::min(batch, pairs - first), workspace.mutable_data_ptr(), stream);
+  }
+}
+#endif
+
 Tensor tvl1_flow(const Tensor& frames, double tau, double lambda, double theta, int64_t scales, int64_t warps,
                  double epsilon, int64_t inner, int64_t outer, double scale_step, int64_t median) {
   check(frames, tau, lambda, theta, scales, warps, epsilon, inner, outer, scale_step, median);
+#ifdef GOCA_CUDA
+  const c10::cuda::OptionalCUDAGuard guard(frames.is_cuda() ? std::make_optional(frames.device()) : std::nullopt);
+#endif
   const Tensor x = frames.contiguous();
   Tensor flow = empty_flow(x);
   const bool bytes = x.scalar_type() == at::kByte;
@@ -45,6 +77,12 @@ Tensor tvl1_flow(const Tensor& frames, double tau, double lambda, double theta, 
                         x.size(0), x.size(1), x.size(2), x.size(3),
                         {tau, lambda, theta, scales, warps, epsilon, inner, outer, scale_step, median == 5},
                         flow.mutable_data_ptr<float>()};
+#ifdef GOCA_CUDA
+  if (x.is_cuda()) {
+    flow_on_cuda(args, x.options());
+    return flow;
+  }
+#endif
   tvl1::cpu::flow(args);
   return flow;
 }
@@ -62,6 +100,9 @@ TORCH_LIBRARY_FRAGMENT(goca, m) {
         "int outer, float scale_step, int median) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(goca, CPU, m) { m.impl("tvl1_flow", tvl1_flow); }
+#ifdef GOCA_CUDA
+TORCH_LIBRARY_IMPL(goca, CUDA, m) { m.impl("tvl1_flow", tvl1_flow); }
+#endif
 TORCH_LIBRARY_IMPL(goca, Meta, m) { m.impl("tvl1_flow", tvl1_flow_meta); }
 
 }  // namespace goca

@@ -2,8 +2,8 @@
 //
 // Each pair is one thread's. An iteration is one sweep over the rows, in place: row y of u needs the dual p of rows y
 // and y-1, the new p of row y-1 needs the new u of rows y-1 and y. So step y makes u of row y, then p of row y-1, and
-// with them the sum of the stop test. A pixel-iteration reads 40 bytes and writes 24, and the 3 MB of a 320x240 pair stay
-// in a third-level cache; its 3 divisions and 2 square roots in double are most of its time. So several iterations one
+// with them the sum of the stop test. A pixel-iteration reads 40 bytes and writes 24; the 3 MB of a 320x240 pair stay
+// in a third-level cache. Its 3 divisions and 2 square roots in double are most of its time. So several iterations one
 // row behind the other, on rows still in the second-level cache, gain nothing (tried with 2, 4 and 8): what they did
 // after the stop test has to be undone and repeated.
 //
@@ -193,21 +193,6 @@ INLINE void exchange_all(Eight* e, std::index_sequence<I...>) {
   (exchange(e[PAIRS[I].low], e[PAIRS[I].high]), ...);
 }
 
-struct Pair {
-  uint8_t low, high;
-};
-constexpr Pair SORT5[] = {{0, 1}, {3, 4}, {2, 4}, {2, 3}, {1, 4}, {0, 3}, {0, 2}, {1, 3}, {1, 2}};
-// From 5 sorted columns, e[5 i + j] the i-th smallest of column j, to their median in e[12]: rows sorted, then the 13
-// candidates merged, less every exchange that can be left out without a wrong result on the 6^5 sorted columns of zeros
-// and ones (for networks of minima and maxima these decide).
-constexpr Pair MEDIAN25[] = {
-    {3, 4},   {2, 4},   {2, 3},   {1, 4},   {0, 3},   {1, 3},   {5, 6},   {8, 9},   {7, 9},   {7, 8},
-    {6, 9},   {5, 8},   {6, 8},   {6, 7},   {10, 11}, {13, 14}, {12, 14}, {12, 13}, {11, 14}, {10, 13},
-    {10, 12}, {15, 16}, {18, 19}, {17, 18}, {16, 19}, {15, 18}, {15, 17}, {16, 18}, {16, 17}, {23, 24},
-    {22, 24}, {20, 23}, {20, 22}, {21, 23}, {21, 22}, {3, 4},   {9, 11},  {17, 20}, {3, 7},   {4, 8},
-    {9, 12},  {11, 13}, {4, 7},   {11, 12}, {4, 11},  {7, 9},   {8, 11},  {17, 21}, {8, 9},   {11, 12},
-    {16, 17}, {20, 21}, {4, 16},  {8, 20},  {9, 15},  {11, 16}, {12, 17}, {8, 11},  {12, 15}, {11, 12}};
-
 CLONES void sort_columns(const float* const rows[5], float* sorted, int64_t stride, int64_t n) {
   for (int64_t x = 0; x < n; x += 8) {
     Eight column[5];
@@ -294,7 +279,6 @@ std::vector<Image> pyramid(Image image, const Params& p) {
 }
 
 // An image and its central differences, side by side so that a tap of the warp is one load, in a frame of zeros.
-constexpr int64_t FRAME = 4;
 struct Textures {
   int64_t h, w;
   std::vector<float> pixels;  // [h + 2 FRAME, w + 2 FRAME, 4]

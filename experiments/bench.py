@@ -1,6 +1,6 @@
 """Every claim of speed as a ratio against its baseline, both measured in one run: `python -m experiments.bench`.
 
-In   rows to run (all by default): operator
+In   rows to run (all by default): operator flow
 Out  a table, and with --json FILE a list of objects {row, case, device, threads, baseline_ms, ours_ms, ratio, floor_ms}
 
 Ours and the baseline take turns and the medians are compared, so that a neighbour's load meets both. Each row first
@@ -10,18 +10,28 @@ bandwidth it measures, or the exponentials over the rate it measures, whichever 
 operator  guided loss, forward and backward, float32. Baseline: the way of the released code, written from its
           description: one Sinkhorn a call in the exp domain, the log-softmax again for each pair of crops, autograd.
           About 40 seconds.
+flow      TV-L1 of pairs of 320x240, from the real clips where they are at hand (../shared/data), else from generated
+          texture. Baseline: OpenCV's, one pair a core. The floor is known for a number of iterations alone (scales,
+          warps and stops depend on the film): 3 divisions and 2 square roots in double a pixel, or 64 bytes. About two
+          minutes on one core.
 """
 
 import argparse
+import concurrent.futures
+import itertools
 import json
 import statistics
 import sys
 import time
+from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
 
 import goca
-from data import atomic, command_line
+import tvl1
+from data import VIDEO_SUFFIXES, atomic, command_line, decode
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
@@ -124,7 +134,63 @@ def operator(device):
                   device, baseline_ms, ours_ms, 1e3 * floor)
 
 
-ROWS = {"operator": operator}
+# ---------------------------------------------------------------------------------------------------------------------
+# flow
+# ---------------------------------------------------------------------------------------------------------------------
+CLIPS = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pairs_of_films():
+    """(name, uint8 [P, 2, 240, 320]) of each data set at hand: the sixth and seventh frame of up to 3 clips."""
+    found = False
+    for name in ("ucf101", "hmdb51", "kinetics400"):
+        paths = sorted(p for p in (CLIPS / name / "videos").rglob("*") if p.suffix in VIDEO_SUFFIXES)[:3]
+        films = [list(itertools.islice(decode(path), 5, 7)) for path in paths]
+        if films:
+            found = True
+            yield name, np.stack([[cv2.resize(cv2.cvtColor(f, cv2.COLOR_BGR2GRAY), (320, 240),
+                                              interpolation=cv2.INTER_AREA) for f in film] for film in films])
+    if not found:
+        noise = np.random.default_rng(0).normal(size=(260, 340)).astype(np.float32)
+        big = cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 2), None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+        yield "generated texture", np.stack([[big[8:248, 8:328], big[6:246, 5:325]]])
+
+
+def flow(device):
+    threads = torch.get_num_threads()
+    cv2.setNumThreads(1)
+
+    def baseline(pairs, iterations=None):
+        def one(pair):
+            solver = cv2.optflow.DualTVL1OpticalFlow_create(**iterations or {})
+            return solver.calc(*pair, None).transpose(2, 0, 1)
+
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            return np.stack(list(pool.map(one, pairs)))
+
+    for name, pairs in pairs_of_films():
+        frames = torch.from_numpy(pairs).to(device)
+        distance = np.linalg.norm(tvl1.flow(frames, impl="compiled")[:, 0].cpu().numpy() - baseline(pairs), axis=1)
+        assert distance.mean() < 0.02, f"{name}: {distance.mean():.4f} px from OpenCV"
+        baseline_ms, ours_ms = in_turns([lambda x=pairs: baseline(x),
+                                         lambda x=frames: tvl1.flow(x, impl="compiled")], device, seconds=0, least=3)
+        yield row("flow", f"{len(pairs)} pairs of 320x240, {name}", device, baseline_ms, ours_ms)
+
+    alone = dict(scales=1, warps=1, epsilon=0.0, inner=100, outer=1, median=1)
+    theirs = dict(nscales=1, warps=1, epsilon=0, innnerIterations=100, outerIterations=1, medianFiltering=1)
+    baseline_ms, ours_ms = in_turns([lambda: baseline(pairs[:1], theirs),
+                                     lambda: tvl1.flow(frames[:1], impl="compiled", **alone)], device, seconds=0)
+    bandwidth, _ = machine_rates(device)
+    single, double = (torch.rand(2**16, device=device, dtype=t) + 1 for t in (torch.float32, torch.float64))
+    to = torch.empty_like(single), torch.empty_like(double)
+    divided, rooted = in_turns([lambda: [torch.reciprocal(single, out=to[0]) for _ in range(20)],
+                                lambda: [torch.sqrt(double, out=to[1]) for _ in range(20)]], device, seconds=1)
+    pixels = 100 * 240 * 320
+    floor = max(64 * pixels / bandwidth * 1e3, (3 * divided + 2 * rooted) / 20 / single.numel() * pixels)
+    yield row("flow", "100 iterations of one pair of 320x240", device, baseline_ms, ours_ms, floor)
+
+
+ROWS = {"operator": operator, "flow": flow}
 
 
 def main():
