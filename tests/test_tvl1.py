@@ -174,6 +174,13 @@ def test_batch_threads_and_runs_change_no_bit():
     assert torch.equal(tvl1.flow(films.transpose(2, 3)[:, ::2].transpose(2, 3)), tvl1.flow(films[:, ::2].contiguous()))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available() or goca._goca is None or not goca._goca.cuda,
+                    reason="no GPU, or the extension is built without CUDA kernels")
+def test_gpu_has_the_bits_of_the_cpu():
+    films = torch.from_numpy(np.stack([moved(96, 128, motion, seed) for seed, motion in enumerate(MOTIONS.values())]))
+    assert torch.equal(tvl1.flow(films.cuda()).cpu(), tvl1.flow(films))
+
+
 @built
 def test_float_frames():
     """0..1 as float32 is 0..255 as bytes."""
