@@ -10,14 +10,18 @@ Out  STORE/header.json   every setting, the OpenCV version among them; a store n
     python flow.py --videos DIR --out STORE --shard 3/20       # the third of twenty machines
     python flow.py info STORE --videos DIR --video NAME --picture FILE.png
 
-Time: 0.4 to 2.3 s a pair of UCF101 on a core, by content (2.4 million pairs: about 750 core-hours, 11 GB), and 0.13 s
-at 64x64. `--warps 1 --epsilon 0.03` is nine times as fast there and 0.08 px away on average: for trials.
+--backend goca is this project's TV-L1 (tvl1.py, compiled), opencv is cv2.optflow's; auto takes goca where that is built
+and agrees with OpenCV on a generated pair. The header says which; a store has one.
+
+Time: some 0.15 to 0.4 s a pair of UCF101 on a busy core, by content (2.4 million pairs: 210 core-hours, 11 GB); with
+opencv ten times as much. `--warps 1 --epsilon 0.03` is several times as fast and 0.08 px away on average: for trials.
 
 The paper gives neither parameters nor resolution: these are OpenCV's defaults and the usual 256 px. u and v stay in
 pixels of the store's resolution.
 """
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -34,26 +38,54 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 
 import data
+import goca
+import tvl1
 
 # OpenCV's defaults, by the names of its setters. Zach, Pock, Bischof (2007): Lambda weighs the data term, Theta couples
 # u with its auxiliary v, Tau is the step of the dual ascent; most others say where to stop.
 TVL1 = {"Tau": 0.25, "Lambda": 0.15, "Theta": 0.3, "ScalesNumber": 5, "ScaleStep": 0.8, "WarpingsNumber": 5,
         "Epsilon": 0.01, "InnerIterations": 30, "OuterIterations": 10, "MedianFiltering": 5, "Gamma": 0.0}
+OURS = {"Tau": "tau", "Lambda": "lam", "Theta": "theta", "ScalesNumber": "scales", "ScaleStep": "scale_step",
+        "WarpingsNumber": "warps", "Epsilon": "epsilon", "InnerIterations": "inner", "OuterIterations": "outer",
+        "MedianFiltering": "median"}  # names in tvl1.py, which has no Gamma
+AGREE = 0.02  # px, mean end-point distance
+
+
+def agrees(**params):
+    """Whether both backends give the same flow of a generated pair: a smooth texture that turns and grows a little."""
+    noise = np.random.default_rng(0).normal(size=(64, 80)).astype(np.float32)
+    first = cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 2), None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+    second = cv2.warpAffine(first, cv2.getRotationMatrix2D((40, 32), 2, 1.02), (80, 64), borderMode=cv2.BORDER_REFLECT)
+    (ours,), (theirs,) = (fields([first, second], backend, **params) for backend in ("goca", "opencv"))
+    return np.linalg.norm(ours - theirs, axis=-1).mean() < AGREE
+
+
+def choose_backend(backend="auto", **params):
+    """"auto", "goca" or "opencv" -> the latter two. Raises BadInput, with the cure, where it is not there."""
+    if backend != "opencv" and goca._goca is None:
+        if backend == "goca":
+            raise data.BadInput(f"--backend goca needs the extension; build it with: {goca.BUILD}")
+        backend = "opencv"
+    if backend != "goca" and not hasattr(getattr(cv2, "optflow", None), "DualTVL1OpticalFlow_create"):
+        raise data.BadInput(
+            f"OpenCV {cv2.__version__} has no cv2.optflow: opencv-python was installed over opencv-contrib-python "
+            f"(both use one folder); mend it with: pip uninstall -y opencv-python opencv-python-headless "
+            f"opencv-contrib-python opencv-contrib-python-headless && pip install opencv-contrib-python; "
+            f"or take --backend goca, which does without")
+    if backend == "auto":
+        backend = "goca" if agrees(**params) else "opencv"
+    return backend
 
 
 def make_settings(short_side=256, quality=95, backend="auto", **params):
     """All that decides the bytes of a store -> dict, the store's header. params: entries of TVL1 to change.
 
-    Raises BadInput, with the cure, where this OpenCV has no TV-L1.
+    Raises BadInput, with the cure, where the backend is not there.
     """
-    if not hasattr(getattr(cv2, "optflow", None), "DualTVL1OpticalFlow_create"):
-        raise data.BadInput(
-            f"OpenCV {cv2.__version__} has no cv2.optflow: opencv-python was installed over opencv-contrib-python "
-            f"(both use one folder); mend it with: pip uninstall -y opencv-python opencv-python-headless "
-            f"opencv-contrib-python opencv-contrib-python-headless && pip install opencv-contrib-python")
-    return {"method": "TV-L1", "backend": "opencv" if backend == "auto" else backend, "opencv": cv2.__version__,
+    return {"method": "TV-L1", "backend": choose_backend(backend, **params), "opencv": cv2.__version__,
             "short_side": short_side, "resize": "grey, then area to shrink or bilinear to enlarge",
             "bound": data.BOUND, "quality": quality, **TVL1, **params}
 
@@ -61,20 +93,28 @@ def make_settings(short_side=256, quality=95, backend="auto", **params):
 # ---------------------------------------------------------------------------------------------------------------------
 # One video
 # ---------------------------------------------------------------------------------------------------------------------
-def tvl1(frames, **params):
-    """TV-L1 flow of consecutive frames [92], as OpenCV computes it.
+def fields(frames, backend, **params):
+    """TV-L1 flow of consecutive frames [92].
 
-    frames: iterable of uint8 [H, W]. params: entries of TVL1 to change.
+    frames: iterable of uint8 [H, W]. backend: "goca" or "opencv". params: entries of TVL1 to change.
     Yields float32 [H, W, 2] for each pair: (u, v) in pixels to the right and down, from its first frame to its second.
     """
-    solver = cv2.optflow.DualTVL1OpticalFlow_create()
-    for name, value in {**TVL1, **params}.items():
-        getattr(solver, f"set{name}")(value)
-    previous = None
-    for frame in frames:
-        if previous is not None:
-            yield solver.calc(previous, frame, None)
-        previous = frame
+    params = {**TVL1, **params}
+    if backend == "goca":
+        ours = {name: params[theirs] for theirs, name in OURS.items()}
+
+        def pair(a, b):
+            both = torch.from_numpy(np.stack([a, b]))[None]
+            return tvl1.flow(both, impl="compiled", **ours)[0, 0].permute(1, 2, 0).numpy()
+    else:
+        solver = cv2.optflow.DualTVL1OpticalFlow_create()
+        for name, value in params.items():
+            getattr(solver, f"set{name}")(value)
+
+        def pair(a, b):
+            return solver.calc(a, b, None)
+    for a, b in itertools.pairwise(frames):
+        yield pair(a, b)
 
 
 def grey_frames(path, short_side, about):
@@ -112,7 +152,8 @@ def extract(path, out, settings, tell=None):
 
     def planes():
         frames = grey_frames(path, settings["short_side"], about)
-        for flow in tvl1(frames, **{name: settings[name] for name in TVL1}):  # [h, w, 2]
+        params = {name: settings[name] for name in TVL1}
+        for flow in fields(frames, settings["backend"], **params):  # [h, w, 2]
             plane = data.quantise(np.concatenate([flow[..., 0], flow[..., 1]]))  # [2h, w]
             if tell:
                 tell(about, plane)
@@ -139,6 +180,7 @@ def work(pipe, settings):
     video is skipped, whether it is the store that failed, and the sentence of `cut_short`. It ends with its pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent then closes the pipe
     cv2.setNumThreads(1)
+    torch.set_num_threads(1)
     size = 0
 
     def tell(about, plane):
@@ -310,7 +352,7 @@ def run(args):
         elif sentence := cut_short(found[name], about):
             cut[name] = sentence
     print(f"{len(found)} videos below {args.videos}, {len(share)} of them in shard {i}/{n}, {len(jobs)} to do; "
-          f"TV-L1 of OpenCV {cv2.__version__}, short side {args.short_side or 'as it is'}", flush=True)
+          f"TV-L1 of {settings['backend']}, short side {args.short_side or 'as it is'}", flush=True)
 
     progress = Progress(len(jobs))
     skipped, cut_now = extract_all(jobs, settings, args.workers, progress)
@@ -412,7 +454,8 @@ def main(argv=None):
     p.add_argument("--quality", type=int, default=95, help="JPEG quality (default 95)")
     p.add_argument("--warps", type=int, default=TVL1["WarpingsNumber"], help="warps a scale (default 5)")
     p.add_argument("--epsilon", type=float, default=TVL1["Epsilon"], help="when iterations stop (default 0.01)")
-    p.add_argument("--backend", choices=["auto", "opencv"], default="auto", help="who computes: both mean OpenCV")
+    p.add_argument("--backend", choices=["auto", "goca", "opencv"], default="auto",
+                   help="who computes: this project's operator, OpenCV, or the first where it agrees with the second")
     p.add_argument("--strict", action="store_true", help="exit status 1 if a video was skipped or cut short")
     return run(p.parse_args(argv))
 

@@ -54,12 +54,13 @@ def extension(cuda):
     cxx = ["-O3", "-std=c++20", "-fopenmp", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-Wall",
            "-Wno-psabi", "-Wno-unknown-pragmas", *os.environ.get("GOCA_CXXFLAGS", "").split()]
     common = dict(name="_goca", include_dirs=[os.path.join(ROOT, "csrc")],
-                  depends=["csrc/goca.h", "csrc/cuda.h"])
+                  depends=["csrc/goca.h", "csrc/cuda.h", "csrc/tvl1.h", "csrc/tvl1_cuda.h"])
+    sources = ["csrc/bindings.cpp", "csrc/cpu.cpp", "csrc/tvl1.cpp", "csrc/tvl1_cpu.cpp"]
     if not cuda:
-        return cpp_extension.CppExtension(sources=["csrc/bindings.cpp", "csrc/cpu.cpp"], extra_link_args=["-fopenmp"],
+        return cpp_extension.CppExtension(sources=sources, extra_link_args=["-fopenmp"],
                                           extra_compile_args={"cxx": cxx}, **common)
     return cpp_extension.CUDAExtension(
-        sources=["csrc/bindings.cpp", "csrc/cpu.cpp", "csrc/cuda.cu"], extra_link_args=["-fopenmp"],
+        sources=[*sources, "csrc/cuda.cu", "csrc/tvl1_cuda.cu"], extra_link_args=["-fopenmp"],
         extra_compile_args={"cxx": [*cxx, "-DGOCA_CUDA"], "nvcc": ["-O3", "-std=c++17", "-lineinfo"]}, **common)
 
 

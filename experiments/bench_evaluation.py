@@ -1,9 +1,9 @@
 """Rows of bench.py about the evaluation: retrieval and k-means.
 
 Retrieval of 50 neighbours, 3783 queries in a gallery of 9537, 1024-d (UCF101, S3D), and 50 runs of k-means with 101
-clusters on the queries. Baselines: a loop over the queries, timed on 20 of them (with F.cosine_similarity, and with unit
-rows and one product a query); scikit-learn's KMeans, timed run by run. Times of samples are multiplied up. About 2
-minutes; on busy cores OMP_NUM_THREADS=1 is the fairer setting, since scikit-learn's threads wait for one another.
+clusters on the queries. Baselines: a loop over the queries, timed on 20 of them (with F.cosine_similarity, and with
+unit rows and one product a query); scikit-learn's KMeans, timed run by run. Times of samples are multiplied up. About
+2 minutes; on busy cores OMP_NUM_THREADS=1 is the fairer setting, since scikit-learn's threads wait for one another.
 """
 
 import statistics

@@ -16,6 +16,8 @@ import pytest
 
 import data
 import flow
+import goca
+import tvl1
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--short-side", "0", "--workers", "2"]
@@ -61,9 +63,14 @@ def command(videos, out, *more):
 # ---------------------------------------------------------------------------------------------------------------------
 # One video
 # ---------------------------------------------------------------------------------------------------------------------
+built = pytest.mark.skipif(goca._goca is None, reason=f"the extension isn't built: {goca.BUILD}")
+BACKENDS = ["opencv", pytest.param("goca", marks=built)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("u", "v"), [(2, -1), (-3, 0), (0, 2)])
-def test_translation(u, v):
-    (field,) = flow.tvl1(moving(2, 64, 80, u, v))
+def test_translation(u, v, backend):
+    (field,) = flow.fields(moving(2, 64, 80, u, v), backend)
     assert field.shape == (64, 80, 2) and field.dtype == np.float32
     inner = field[8:-8, 8:-8].reshape(-1, 2)  # what leaves the picture has no match
     assert np.abs(inner - (u, v)).mean() < 0.1
@@ -74,13 +81,49 @@ def test_defaults_are_opencvs():
     assert {name: getattr(solver, f"get{name}")() for name in flow.TVL1} == flow.TVL1
     assert not solver.getUseInitialFlow()
     assert {k: v for k, v in flow.make_settings().items() if k in flow.TVL1} == flow.TVL1
+    assert {theirs: tvl1.DEFAULTS[ours] for theirs, ours in flow.OURS.items()} | {"Gamma": 0.0} == flow.TVL1
 
 
-def test_params_reach_the_solver():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_params_reach_the_solver(backend):
     frames = moving(2, 48, 48, 3, 1)
-    (default,), (crude,) = flow.tvl1(frames), flow.tvl1(frames, WarpingsNumber=1, Epsilon=0.1)
-    solver = cv2.optflow.DualTVL1OpticalFlow_create(warps=1, epsilon=0.1)
-    assert np.array_equal(crude, solver.calc(*frames, None)) and not np.array_equal(crude, default)
+    (default,), (crude,) = flow.fields(frames, backend), flow.fields(frames, backend, WarpingsNumber=1, Epsilon=0.1)
+    expected = cv2.optflow.DualTVL1OpticalFlow_create(warps=1, epsilon=0.1).calc(*frames, None)
+    assert np.linalg.norm(crude - expected, axis=-1).mean() < 1e-3 < np.linalg.norm(crude - default, axis=-1).mean()
+
+
+def test_auto_takes_the_own_flow_where_it_is_that_of_opencv(monkeypatch):
+    if goca._goca is not None:
+        assert flow.agrees() and flow.agrees(WarpingsNumber=1, Epsilon=0.03)
+        assert flow.choose_backend() == flow.choose_backend("goca") == "goca"
+        honest = flow.fields
+
+        def other(frames, backend, **params):
+            return (field + 0.1 * (backend == "goca") for field in honest(frames, backend, **params))
+
+        monkeypatch.setattr(flow, "fields", other)
+        assert flow.choose_backend() == "opencv" and flow.choose_backend("goca") == "goca"
+    monkeypatch.setattr(goca, "_goca", None)
+    assert flow.choose_backend() == flow.choose_backend("opencv") == "opencv"
+    with pytest.raises(data.BadInput, match=r"--backend goca needs the extension; build it with: .*setup\.py"):
+        flow.choose_backend("goca")
+
+
+@built
+def test_backends_do_not_mix(five, tmp_path, capsys):
+    """Their stores are the same to a step of 8 bits, and their headers keep them apart."""
+    stores = {}
+    for backend in ("goca", "opencv"):
+        assert command(five / "videos", tmp_path / backend, "--backend", backend, "--warps", "2") == 0
+        assert f"TV-L1 of {backend}" in capsys.readouterr().out
+        stores[backend] = data.FlowStore(tmp_path / backend)
+        assert stores[backend].header["backend"] == backend and stores[backend].header["WarpingsNumber"] == 2
+    steps = np.concatenate([np.abs(np.int32(stores["goca"].open(name).read(range(3)))
+                                   - stores["opencv"].open(name).read(range(3))).ravel()
+                            for name in data.find_videos(five / "videos")])
+    assert (steps <= 1).mean() > 0.99
+    with pytest.raises(data.BadInput, match="backend is goca there and opencv now"):
+        command(five / "videos", tmp_path / "goca", "--backend", "opencv", "--warps", "2")
 
 
 def test_u_stands_over_v(tmp_path):
@@ -108,9 +151,11 @@ def test_clipped_at_the_bound(tmp_path, monkeypatch):
     """Constant planes survive JPEG exactly, so the bytes are those of the quantiser: 128 + 127 / 20 a pixel."""
     constants = [(500.0, -500.0), (20.0, -20.0), (0.0, 10.0), (-10.0, 0.1)]
     fields = (np.full((16, 16, 2), c, np.float32) for c in constants)
-    monkeypatch.setattr(flow, "tvl1", lambda frames, **params: (f for f, _ in zip(fields, frames, strict=False)))
+    settings = flow.make_settings(quality=100)
+    monkeypatch.setattr(flow, "fields", lambda frames, backend, **params: (
+        f for f, _ in zip(fields, frames, strict=False)))
     film(tmp_path / "v.avi", moving(5, 16, 16, 1, 1))
-    flow.extract(tmp_path / "v.avi", tmp_path / "flow.avi", flow.make_settings(quality=100))
+    flow.extract(tmp_path / "v.avi", tmp_path / "flow.avi", settings)
     planes = data.AviReader(tmp_path / "flow.avi").read(range(4))
     assert [(p[0, 0], p[-1, -1]) for p in planes] == [(255, 1), (255, 1), (128, 192), (64, 129)]
     assert all((p[:16] == p[0, 0]).all() and (p[16:] == p[-1, -1]).all() for p in planes)
@@ -141,6 +186,8 @@ def test_missing_optflow(tmp_path, monkeypatch):
     with pytest.raises(data.BadInput, match=r"no cv2\.optflow.*pip install opencv-contrib-python"):
         command(tmp_path / "v", tmp_path / "s")
     assert not (tmp_path / "s").exists()
+    if goca._goca is not None:
+        assert command(tmp_path / "v", tmp_path / "s", "--backend", "goca") == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,7 +205,7 @@ def five(tmp_path_factory):
 def test_store(five):
     store = data.FlowStore(five / "store")
     assert store.header == {"kind": "flow", "version": 1, **flow.make_settings(short_side=0)}
-    assert store.header["opencv"] == cv2.__version__ and store.header["backend"] == "opencv"
+    assert store.header["opencv"] == cv2.__version__ and store.header["backend"] in ("goca", "opencv")
     assert sorted(tree(five / "store")) == [*(f"a/v{k}.avi" for k in range(5)), "header.json"]
     for name in data.find_videos(five / "videos"):
         assert name in store and len(store.open(name)) == 3
@@ -496,10 +543,11 @@ def test_real_film(dataset, real_clips, tmp_path, monkeypatch):
 @pytest.mark.parametrize("dataset", ["ucf101", "hmdb51", "kinetics400"])
 def test_real_film_counts_what_decodes(dataset, real_clips, tmp_path, monkeypatch):
     """HMDB51's container declares a frame more than it has: the flow has one less than decode, and it is no fault."""
-    monkeypatch.setattr(flow, "tvl1", lambda frames, **params: (np.zeros((*b.shape, 2), np.float32)
-                                                                for _, b in itertools.pairwise(frames)))
+    settings = flow.make_settings(short_side=16)
+    monkeypatch.setattr(flow, "fields", lambda frames, backend, **params: (
+        np.zeros((*b.shape, 2), np.float32) for _, b in itertools.pairwise(frames)))
     for path in clips(real_clips / dataset, 2):
-        about = flow.extract(path, tmp_path / "flow.avi", flow.make_settings(short_side=16))
+        about = flow.extract(path, tmp_path / "flow.avi", settings)
         assert len(data.AviReader(tmp_path / "flow.avi")) == sum(1 for _ in data.decode(path)) - 1
         assert flow.cut_short(path, about) is None
         if dataset == "hmdb51":

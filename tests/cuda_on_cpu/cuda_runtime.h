@@ -1,4 +1,4 @@
-// Just enough of CUDA to run csrc/cuda.cu on the CPU: each CUDA thread is a fibre, and fibres change at barriers.
+// Just enough of CUDA to run csrc/*.cu on the CPU: each CUDA thread is a fibre, and fibres change at barriers.
 //
 // It shows what a kernel computes, that every thread reaches every barrier, and, by running the fibres in several
 // orders, that no result hangs on an order which a barrier should have fixed. It shows nothing of speed or memory
@@ -150,7 +150,7 @@ T* shared_memory() {
   return reinterpret_cast<T*>(emulated::current->home->shared.data());
 }
 
-// The runtime's functions that cuda.cu calls
+// The runtime's functions that the kernels' files call
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum { cudaDevAttrL2CacheSize, cudaDevAttrMultiProcessorCount, cudaDevAttrCooperativeLaunch };
 using cudaStream_t = void*;
@@ -168,6 +168,11 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F, int, s
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
   return std::memset(p, value, bytes), cudaSuccess;
 }
+enum cudaMemcpyKind { cudaMemcpyDeviceToDevice, cudaMemcpyDeviceToHost };
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  return std::memcpy(to, from, bytes), cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 template <typename... Args, size_t... I>
 void emulated_call(void (*kernel)(Args...), void** args, std::index_sequence<I...>) {

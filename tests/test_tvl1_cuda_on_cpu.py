@@ -1,0 +1,72 @@
+"""The CUDA TV-L1 without a GPU: csrc/tvl1_cuda.cu under g++ over a stand-in for CUDA (cuda_on_cpu/).
+
+Its bits are those of the CPU's operator, whatever the batch and the order in which threads run. Not checked, for it
+needs a GPU: speed, memory coherence, contraction by nvcc (the file forbids it), running out of memory.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_tvl1 import MOTIONS, moved, texture
+
+import goca
+import tvl1
+
+HERE = Path(__file__).parent
+FEW = dict(inner=6, outer=2, warps=2)  # a fibre a thread is slow
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    if not shutil.which("g++"):
+        pytest.skip("no g++ to compile the kernels with")
+    if goca._goca is None:
+        pytest.skip(f"the extension isn't built, so there is nothing to compare with: {goca.BUILD}")
+    path = tmp_path_factory.mktemp("tvl1_cuda_on_cpu") / "kernels.so"
+    done = subprocess.run(["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-fno-gnu-unique", "-w",
+                           f"-I{HERE / 'cuda_on_cpu'}", f"-I{HERE.parent / 'csrc'}",
+                           str(HERE / "cuda_on_cpu" / "run_tvl1.cpp"), "-o", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    library = ctypes.CDLL(str(path))
+
+    def run(frames, batch=256, order=0, **params):
+        frames = frames.contiguous()
+        flow = torch.full((frames.shape[0], frames.shape[1] - 1, 2, *frames.shape[2:]), torch.nan)
+        pointers = [ctypes.c_void_p(frames.data_ptr() if frames.dtype == dtype else None)
+                    for dtype in (torch.uint8, torch.float32)]
+        library.run(*pointers, (ctypes.c_int64 * 4)(*frames.shape),
+                    (ctypes.c_double * 10)(*{**tvl1.DEFAULTS, **params}.values()), ctypes.c_int64(batch),
+                    ctypes.c_int64(order), ctypes.c_void_p(flow.data_ptr()))
+        return flow
+
+    return run
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 40), (17, 33), (31, 44)], ids=str)
+def test_the_bits_of_the_cpu(kernels, size):
+    """Two levels at most; pairs that stop at different times."""
+    still = np.stack([texture(*size, 5)] * 2)
+    films = torch.from_numpy(np.stack([moved(*size, MOTIONS["turn"]), still, moved(*size, MOTIONS["up"], 2)]))
+    expected = tvl1.flow(films, impl="compiled", **FEW)
+    assert torch.equal(kernels(films, **FEW), expected)
+    assert size == (1, 1) or expected[0].abs().max() > 0.1, "degenerate: zero would pass"
+    assert torch.equal(kernels(films, batch=2, **FEW), expected)
+    floats = films.float() / 255
+    assert torch.equal(kernels(floats, **FEW), tvl1.flow(floats, impl="compiled", **FEW))
+
+
+def test_stops_and_medians(kernels):
+    films = torch.from_numpy(moved(18, 24, MOTIONS["right"]))[None]
+    for params in (dict(epsilon=0.05), dict(median=1, inner=15, outer=1), dict(scales=1, warps=1)):
+        assert torch.equal(kernels(films, **params), tvl1.flow(films, impl="compiled", **params))
+
+
+def test_the_order_of_threads_changes_no_bit(kernels):
+    films = torch.from_numpy(np.stack([texture(20, 46, seed=s)[:, 2:42] for s in range(3)]))[None]
+    results = [kernels(films, order=order, inner=3, outer=2, warps=2) for order in (0, 1, 2, 3)]
+    assert all(torch.equal(x, results[0]) for x in results[1:])
