@@ -34,7 +34,8 @@ demo: $(VENV)/installed
 	@echo "=== 4/7 what the untrained network retrieves"
 	$(BIN)/python evaluate.py retrieval --checkpoint none $(SET) $(NET) --json $(DEMO)/untrained.json
 	@echo "=== 5/7 pre-training with the guided loss"
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 pretrain.py $(SET) $(NET) --prototypes $(DEMO)/prototypes.npz --out $(DEMO)/goca $(RECIPE)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 pretrain.py $(SET) $(NET) $(RECIPE) \
+	    --prototypes $(DEMO)/prototypes.npz --out $(DEMO)/goca
 	@echo "=== 6/7 what GOCA retrieves"
 	$(BIN)/python evaluate.py retrieval --checkpoint $(DEMO)/goca $(SET) --json $(DEMO)/goca.json
 	@echo "=== 7/7 figures"
@@ -42,8 +43,8 @@ demo: $(VENV)/installed
 	$(BIN)/python -m experiments.figures training --run $(DEMO)/goca --out $(DEMO)/training.png
 	$(BIN)/python -m experiments.figures retrieval --json $(DEMO)/untrained.json --versus $(DEMO)/goca.json --view rgb \
 	    --out $(DEMO)/retrieval.png
-	@echo "=== R@1 and R@5 of the untrained network and after GOCA"
-	$(BIN)/python -m experiments.tables show $(DEMO)/untrained.json $(DEMO)/goca.json
+	@echo "=== R@1 and R@5: untrained, without guiding (sep, from the committed run results/demo/sep.jsonl), and after GOCA"
+	$(BIN)/python -m experiments.tables show $(DEMO)/untrained.json results/demo/sep.json $(DEMO)/goca.json
 	@echo "pictures: $(DEMO)/films.png $(DEMO)/prototypes.png $(DEMO)/training.png $(DEMO)/retrieval.png"
 
 test: build

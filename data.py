@@ -38,7 +38,7 @@ from stores import (  # noqa: F401  (the stages' door to the file formats)
     save_checkpoint,
     write_avi,
 )
-from videos import DATASETS, Video, VideoSet, decode, find_videos, frames_at, read_split, scan, within  # noqa: F401
+from videos import DATASETS, VIDEO_SUFFIXES, Video, VideoSet, decode, find_videos, frames_at, read_split, scan, within  # noqa: F401
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,16 +24,12 @@ import argparse
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
-import signal
 import sys
 import time
-from collections import deque
 from contextlib import suppress
 from datetime import timedelta
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import cv2
@@ -43,6 +39,7 @@ import torch
 import data
 import goca
 import tvl1
+from workers import cores, in_processes
 
 # OpenCV's defaults, by the names of its setters. Zach, Pock, Bischof (2007): Lambda weighs the data term, Theta couples
 # u with its auxiliary v, Tau is the step of the dual ascent; most others say where to stop.
@@ -175,86 +172,38 @@ def cut_short(path, about):
 # ---------------------------------------------------------------------------------------------------------------------
 # Many videos
 # ---------------------------------------------------------------------------------------------------------------------
-def work(pipe, settings):
-    """A process of `extract_all`: receives (path, out), sends what `Progress.pair` takes, in the end a 3-tuple: why the
-    video is skipped, whether it is the store that failed, and the sentence of `cut_short`. It ends with its pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent then closes the pipe
-    cv2.setNumThreads(1)
+def work(job, settings, tell):
+    """Work of `workers.in_processes`: (path, out) -> the sentence of `cut_short`; tells what `Progress.pair` takes."""
+    path, out = job
     torch.set_num_threads(1)
     size = 0
 
-    def tell(about, plane):
+    def pair(about, plane):
         nonlocal size
-        if pipe.poll():  # a busy worker is sent nothing: the parent is gone
-            sys.exit()
         if about["source_frames"] == 2:
             size = len(cv2.imencode(".jpg", plane, [cv2.IMWRITE_JPEG_QUALITY, settings["quality"]])[1])
-        pipe.send((max(about["source_frames"], about["source_declared"]) - 1, size))
+        tell(max(about["source_frames"], about["source_declared"]) - 1, size)
 
-    with suppress(EOFError, ConnectionError):
-        while True:
-            path, out = pipe.recv()
-            try:
-                pipe.send((None, False, cut_short(path, extract(path, out, settings, tell))))
-            except data.BadInput as e:
-                pipe.send((str(e), isinstance(e.__cause__, OSError), None))  # the cause is there if writing failed
-            except Exception as e:  # whatever OpenCV raises on one video must not end the run
-                pipe.send((f"{path} failed: {type(e).__name__} {' '.join(str(e).split())}", False, None))
+    return cut_short(path, extract(path, out, settings, pair))
 
 
-def extract_all(jobs, settings, workers, progress):
+def extract_all(jobs, settings, workers, progress, time_limit=600):
     """Work through `jobs`, {name: (path, out)}, in processes of one thread -> ({name: why skipped}, {name: cut short}).
 
-    Each process has a pipe of its own, so that one that crashes costs its own video and no other.
+    time_limit: seconds for one pair, before the video is skipped.
     Raises BadInput as soon as the store can't be written.
     """
-    context = multiprocessing.get_context("forkserver")  # unlike fork, gives no process the pipes of its siblings
-    context.set_forkserver_preload(["torch", "cv2"])
-    queue, idle, busy = deque(jobs), {}, {}  # {pipe: process}, {pipe: (process, name)}
     skipped, cut = {}, {}
-
-    def start():
-        pipe, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, settings), daemon=True)
-        process.start()
-        theirs.close()  # so that the pipe ends with the process
-        idle[pipe] = process
-
-    try:
-        while queue or busy:
-            while queue and len(busy) < workers:
-                if not idle:
-                    start()
-                pipe, process = idle.popitem()
-                busy[pipe] = process, queue.popleft()
-                with suppress(ConnectionError):  # already dead: its pipe says so below
-                    pipe.send(jobs[busy[pipe][1]])
-            for pipe in wait(busy, timeout=1):
-                process, name = busy[pipe]
-                try:
-                    message = pipe.recv()
-                    if len(message) == 2:
-                        progress.pair(name, *message)
-                        continue
-                    idle[pipe] = process
-                except (EOFError, ConnectionError):
-                    pipe.close()
-                    process.join()
-                    message = (f"{jobs[name][0]} ended the process that read it (exit code {process.exitcode}); "
-                               f"convert it, or see whether memory ran out"), False, None
-                del busy[pipe]
-                reason, store_failed, sentence = message
-                if store_failed:
-                    raise data.BadInput(reason)
-                skipped |= {name: reason} if reason else {}
-                cut |= {name: sentence} if sentence else {}
-                progress.videos += 1
-            progress.show()
-    finally:
-        for pipe in [*idle, *busy]:
-            pipe.close()
-        for process in [*idle.values(), *(process for process, _ in busy.values())]:
-            process.join(timeout=10)  # a busy one stops after the pair at hand
+    for name, kind, value in in_processes(work, jobs, settings, workers, time_limit):
+        if kind == "told":
+            progress.pair(name, *value)
+        else:
+            progress.videos += 1
+            if kind == "failed":
+                skipped[name] = value
+            elif value:
+                cut[name] = value
+        progress.show()
     return skipped, cut
 
 
@@ -333,11 +282,14 @@ def run(args):
     i, n = map(int, match.groups()) if match else (0, 0)
     if not 1 <= i <= n:
         raise data.BadInput(f"--shard takes i/n with 1 <= i <= n, such as 2/8, not {args.shard}")
-    for option, least, most in [("workers", 1, 4096), ("short_side", 0, 4096), ("quality", 1, 100), ("warps", 1, 100),
-                                ("epsilon", 0, 1)]:
+    for option, least, most in [("workers", 1, 4096), ("time_limit", 1, 86400), ("short_side", 0, 4096),
+                                ("quality", 1, 100), ("warps", 1, 100), ("epsilon", 0, 1)]:
         if not least <= getattr(args, option) <= most:
             raise data.BadInput(f"--{option.replace('_', '-')} takes {least} to {most}, not {getattr(args, option)}")
-    settings = make_settings(args.short_side, args.quality, args.backend, WarpingsNumber=args.warps,
+    backend = args.backend
+    if backend == "auto" and (Path(args.out) / "header.json").exists():  # a store goes on as it began
+        backend = data.FlowStore(args.out).header.get("backend", "auto")
+    settings = make_settings(args.short_side, args.quality, backend, WarpingsNumber=args.warps,
                              Epsilon=args.epsilon)
     found = data.find_videos(args.videos)
     if Path(args.out).resolve().is_relative_to(Path(args.videos).resolve()):
@@ -355,7 +307,7 @@ def run(args):
           f"TV-L1 of {settings['backend']}, short side {args.short_side or 'as it is'}", flush=True)
 
     progress = Progress(len(jobs))
-    skipped, cut_now = extract_all(jobs, settings, args.workers, progress)
+    skipped, cut_now = extract_all(jobs, settings, args.workers, progress, args.time_limit)
     cut |= cut_now
     if progress.terminal:
         print()
@@ -445,10 +397,10 @@ def main(argv=None):
         return info(p.parse_args(argv[1:]))
     p = argparse.ArgumentParser(prog="flow.py", description="TV-L1 optical flow of a folder of videos.",
                                 epilog="flow.py info STORE says what a store holds (flow.py info --help).")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     p.add_argument("--videos", required=True, help="folder of videos, searched with all below it")
     p.add_argument("--out", required=True, help="the flow store: a new folder, or one to continue")
-    p.add_argument("--workers", type=int, default=cores, help="processes, of one thread each (default: one a core)")
+    p.add_argument("--workers", type=int, default=cores(), help="processes, of one thread each (default: one a core)")
+    p.add_argument("--time-limit", type=float, default=600, help="seconds for one pair, then the video is skipped")
     p.add_argument("--shard", default="1/1", metavar="i/n", help="do the i-th of n parts, for n machines on one store")
     p.add_argument("--short-side", type=int, default=256, help="short side in px; 0: as it is (default 256)")
     p.add_argument("--quality", type=int, default=95, help="JPEG quality (default 95)")
