@@ -50,8 +50,10 @@ demo: $(VENV)/installed
 test: build
 	$(BIN)/python -m pytest -q --durations=5 tests
 
+# All rows, about 8 minutes on 2 cores. VIDEOS=DIR reads real films in place of generated ones.
+MACHINE ?= $(shell uname -m)_$(shell nproc)_cores
 bench: build
-	$(BIN)/python -m experiments.bench
+	$(BIN)/python -m experiments.bench --json results/$(MACHINE).json $(if $(VIDEOS),--videos $(VIDEOS))
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -48,7 +48,7 @@ def labelled(s, split, subset):
     if not videos:
         raise data.BadInput(f"{s.videos} has no labels, which {s.command} needs: put each class in a folder of its own")
     bare = [f"{v.name} (of no class)" for v in found.videos if v.label < 0]
-    return data.VideoSet(videos, found.classes, found.absent + bare)
+    return found._replace(videos=videos, absent=found.absent + bare)
 
 
 def check_classes(train, test, classes):

@@ -1,6 +1,6 @@
 """Every claim of speed as a ratio against its baseline, both measured in one run: `python -m experiments.bench`.
 
-In   rows to run (all by default): operator loader prototypes evaluation flow
+In   rows to run (all by default): operator step loader prototypes evaluation flow
 Out  a table, and with --json FILE a list of objects {row, case, device, threads, baseline_ms, ours_ms, ratio, floor_ms}
 
 Ours and the baseline take turns and the medians are compared, so that a neighbour's load meets both. Each row first
@@ -10,6 +10,7 @@ bandwidth it measures, the exponentials or the products over the rate it measure
 operator  guided loss, forward and backward, float32. Baseline: the way of the released code, written from its
           description: one Sinkhorn a call in the exp domain, the log-softmax again for each pair of crops, autograd.
           About 40 seconds.
+step      one training step of S3D against contiguous float32 with the released code's loss (experiments/bench_step.py).
 loader    from files to 2 long and 4 short augmented clips of both views (experiments/bench_data.py).
 prototypes  Eq. 11 for 1000 x 128 against SGD as published (experiments/bench_data.py).
 evaluation  exact retrieval and k-means (experiments/bench_evaluation.py).
@@ -27,38 +28,14 @@ from data import atomic, command_line
 from experiments.bench_data import loader, prototypes
 from experiments.bench_evaluation import evaluation
 from experiments.bench_flow import flow
+from experiments.bench_step import step
 from experiments.measure import in_turns, machine_rates, row
+from experiments.released import exp_domain_loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # operator
 # ---------------------------------------------------------------------------------------------------------------------
-def exp_domain_sinkhorn(q, rounds):
-    """Sinkhorn on exponentials, prototypes then samples each round; q [M, N] -> rows that sum to 1."""
-    q = q.T
-    q = q / q.sum()
-    k, b = q.shape
-    for _ in range(rounds):
-        q = q / q.sum(1, keepdim=True) / k
-        q = q / q.sum(0, keepdim=True) / b
-    return (q * b).T
-
-
-def exp_domain_loss(scores, lambda1=0.02, lambda2=0.03, rounds=3, assigning=2, temperature=0.1):
-    """The guided loss crop by crop and pair by pair, scores [2, V, M, N]; the prior's sign is the paper's."""
-    loss = 0
-    for crop in range(assigning):
-        with torch.no_grad():
-            first = [exp_domain_sinkhorn((scores[view, crop] / lambda1).exp(), rounds) for view in range(2)]
-            last = [exp_domain_sinkhorn(((scores[view, crop] + lambda2 * first[1 - view].log())
-                                         / (lambda1 + lambda2)).exp(), rounds) for view in range(2)]
-        for view in range(2):
-            for other in set(range(scores.shape[1])) - {crop}:
-                log_g = torch.log_softmax(scores[view, other] / temperature, dim=1)
-                loss = loss - (last[view] * log_g).sum(1).mean()
-    return loss / (2 * assigning * (scores.shape[1] - 1))
-
-
 def operator(device, videos):
     bandwidth, exp_rate = machine_rates(device)
     print(f"{bandwidth / 1e9:.1f} GB/s copied, {exp_rate / 1e9:.2f} G exponentials/s", file=sys.stderr)
@@ -90,7 +67,8 @@ def operator(device, videos):
                   device, baseline_ms, ours_ms, 1e3 * floor)
 
 
-ROWS = {"operator": operator, "loader": loader, "prototypes": prototypes, "evaluation": evaluation, "flow": flow}
+ROWS = {"operator": operator, "step": step, "loader": loader, "prototypes": prototypes, "evaluation": evaluation,
+        "flow": flow}
 
 
 def main():
