@@ -5,9 +5,6 @@ BIN := $(VENV)/bin
 DEMO ?= demo
 # Threads that spin while they wait slow a busy machine down five-fold; read by OpenMP when torch is loaded.
 export OMP_WAIT_POLICY := PASSIVE
-# The paper's method at a small scale, in two processes of one thread. lambda2 is as large as lambda1: see the README.
-RECIPE = --hidden 256 --short-crops 0 --scale 1.0 1.25 --lambda2 0.02 --batch-size 16 --epochs 32 --warmup-epochs 2 \
-    --lr 3.0 --workers 0 --cache --log-every 25 --save-every 10
 
 .PHONY: build demo test bench lint clean
 
@@ -34,7 +31,8 @@ demo: $(VENV)/installed
 	@echo "=== 4/7 what the untrained network retrieves"
 	$(BIN)/python evaluate.py retrieval --checkpoint none $(SET) $(NET) --json $(DEMO)/untrained.json
 	@echo "=== 5/7 pre-training with the guided loss"
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 pretrain.py $(SET) $(NET) $(RECIPE) \
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 pretrain.py @presets/cpu --batch-size 16 \
+	    --no-sync-batch-norm --epochs 24 --log-every 25 $(SET) \
 	    --prototypes $(DEMO)/prototypes.npz --out $(DEMO)/goca
 	@echo "=== 6/7 what GOCA retrieves"
 	$(BIN)/python evaluate.py retrieval --checkpoint $(DEMO)/goca $(SET) --json $(DEMO)/goca.json

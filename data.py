@@ -141,11 +141,10 @@ class TrainClips(Dataset):
         fault = ""
         for _ in range(100):
             try:
-                crops = within(self.time_limit, self._crops, self.videos[index], rng)
+                crops = within(self.time_limit, self.videos[index].path, self._crops, self.videos[index], rng)
                 return {**crops, "index": index, "fault": fault}
             except BadInput as e:
-                path = self.videos[index].path
-                fault = fault or (str(e) if path in str(e) else f"{path}: {e}")
+                fault = fault or str(e)
                 index = int(rng.integers(len(self.videos)))
         raise BadInput(f"100 videos in a row can't be read; the first: {fault}")
 

@@ -63,8 +63,9 @@ def cross_view_loss(scores, log_d, temperature):
 
     scores [2, V, m, N], log_d [2, A, m, N] -> scalar, mean over samples and pairs.
     """
-    log_g = F.log_softmax(scores / temperature, dim=-1)
-    pairs = -torch.einsum("gamn,hvmn->gahv", log_d.exp(), log_g) / scores.shape[2]
+    with torch.autocast(scores.device.type, enabled=False):
+        log_g = F.log_softmax(scores.float() / temperature, dim=-1)
+        pairs = -torch.einsum("gamn,hvmn->gahv", log_d.exp(), log_g) / scores.shape[2]
     views, crops = torch.meshgrid(torch.arange(2), torch.arange(log_d.shape[1]), indexing="ij")
     own = torch.zeros(pairs.shape, dtype=torch.bool, device=pairs.device)
     own[views, crops, views, crops] = True
@@ -201,7 +202,7 @@ def train(s):
     core = core.to(device, memory_format=torch.channels_last_3d)
     for backbone in core.backbones.values():
         backbone.recompute = s.recompute
-    if world > 1:
+    if world > 1 and s.sync_batch_norm:
         core = synchronise_batch_norm(core, device)
     optimizer = make_optimizer(core, s)
     settings = {**vars(s), "global_batch": s.batch_size * world, "flow_header": store.header}
@@ -326,6 +327,8 @@ def arguments(argv=None):
     g = p.add_argument_group("optimisation")
     g.add_argument("--optimizer", choices=("lars", "adamw"), default="lars", help="adamw: for small runs")
     g.add_argument("--batch-size", type=int, default=10, help="videos a process (paper: 10 on each of 64 GPUs)")
+    g.add_argument("--sync-batch-norm", action=argparse.BooleanOptionalAction, default=True,
+                   help="statistics of the whole batch, not of a process's part")
     g.add_argument("--accumulate", type=int, default=1, help="batches whose gradients make one step")
     g.add_argument("--epochs", type=int, default=500)
     g.add_argument("--warmup-epochs", type=int, default=10)

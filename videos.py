@@ -81,8 +81,8 @@ def frames_at(path, wanted):
     return frames
 
 
-def within(seconds, function, *args):
-    """function(*args), but BadInput if it takes more than `seconds`: a file on a dead disk must not stop a run.
+def within(seconds, path, function, *args):
+    """function(*args), but BadInput naming `path` if it takes more than `seconds`: a dead disk must not stop a run.
 
     It runs in a thread, since a decoder that waits can't be interrupted; one that stalls is left behind.
     """
@@ -100,7 +100,7 @@ def within(seconds, function, *args):
     if "error" in done:
         raise done["error"]
     if "value" not in done:
-        raise BadInput(f"it gave nothing for {seconds:g} s; see whether its disk is well")
+        raise BadInput(f"{path} gave nothing for {seconds:g} s; see whether its disk is well")
     return done["value"]
 
 

@@ -51,11 +51,11 @@ def test_frames_past_the_end_are_left_out(folder):
 
 
 def test_a_stall_is_given_up_and_errors_pass_through():
-    assert data.within(5, lambda x: x + 1, 2) == 3
-    with pytest.raises(data.BadInput, match=r"gave nothing for 0\.05 s"):
-        data.within(0.05, time.sleep, 2)
+    assert data.within(5, "x", lambda x: x + 1, 2) == 3
+    with pytest.raises(data.BadInput, match=r"x gave nothing for 0\.05 s"):
+        data.within(0.05, "x", time.sleep, 2)
     with pytest.raises(ZeroDivisionError):
-        data.within(5, lambda: 1 / 0)
+        data.within(5, "x", lambda: 1 / 0)
 
 
 def test_a_video_that_stalls_in_training_is_replaced(folder, tmp_path, monkeypatch):
@@ -71,7 +71,7 @@ def test_a_video_that_stalls_in_training_is_replaced(folder, tmp_path, monkeypat
     listed = [data.Video(path, name, 0) for name, path in found.items()]
     clips = data.TrainClips(listed, data.FlowStore(store), frames=2, short_frames=2, size=16, time_limit=0.3)
     item = clips[(0, 2)]
-    assert f"{found['a/2']}: it gave nothing for 0.3 s" in item["fault"] and item["index"] != 2
+    assert f"{found['a/2']} gave nothing for 0.3 s" in item["fault"] and item["index"] != 2
     assert item["long"]["rgb"].any()
 
 
