@@ -54,17 +54,21 @@ def prototypes(args):
     random = np.random.default_rng(0).standard_normal((n, d))
     random /= np.linalg.norm(random, axis=1, keepdims=True)
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
+    nearest, labels = [], []
     for axis, points, name in ((axes[0], random, "random"), (axes[1], fitted, "after Eq. 11")):
         at = TSNE(init="random", perplexity=min(30, (n - 1) / 3), random_state=0).fit_transform(points)
         axis.scatter(*at.T, s=6, color="#30506f")
-        axis.set(title=f"{n} prototypes in {d}-d, {name} (t-SNE)", xticks=[], yticks=[])
+        axis.set(title=f"{name}, {n} in {d}-d (t-SNE)", xticks=[], yticks=[])
         axis.set_aspect("equal")
         gram = points @ points.T
         np.fill_diagonal(gram, -2)
-        nearest = gram.max(1)
-        axes[2].hist(nearest, bins=40, alpha=0.7, label=f"{name}: mean {nearest.mean():.4f}, max {nearest.max():.4f}")
-    axes[2].set(title="cosine of each prototype to its nearest", xlabel="cosine", ylabel="prototypes")
-    axes[2].legend()
+        nearest.append(gram.max(1))
+        labels.append(f"{name}\nmean {nearest[-1].mean():.4f}, max {nearest[-1].max():.4f}")
+    # in common bins and on a logarithmic axis: after Eq. 11 nearly all may be in one
+    bins = np.linspace(min(x.min() for x in nearest) - 0.01, max(x.max() for x in nearest) + 0.01, 41)
+    axes[2].hist(nearest, bins=bins, alpha=0.8, histtype="stepfilled", label=labels, log=True)
+    axes[2].set(title="cosine to the nearest", xlabel="cosine", ylabel="prototypes")
+    axes[2].legend(loc="upper right", fontsize=8)
     save(figure, args.out)
 
 
