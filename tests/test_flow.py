@@ -243,7 +243,7 @@ def test_bad_option(five, tmp_path, option):
 
 def test_interrupted(tmp_path):
     """Stopped in the middle, twice, the store shows whole files only; the same command then completes it."""
-    make_set(tmp_path / "videos", 12, frames=5, size=32)
+    make_set(tmp_path / "videos", 12, frames=40, size=32)
     assert command(tmp_path / "videos", tmp_path / "whole") == 0
     whole, store = tree(tmp_path / "whole"), tmp_path / "s"
     arguments = ["--videos", str(tmp_path / "videos"), "--out", str(store), *QUICK]
