@@ -46,6 +46,7 @@ def load_network(s):
     if s.checkpoint == "none":
         settings = {"arch": "s3d", "width": 1.0, "pool": "avg", "frames": 32, "size": 128, "stride": 1, "hidden": 8,
                     "method": "goca", "seed": s.seed, **{k: v for k, v in given.items() if v is not None}}
+        check_clips(settings)
         return model.two_view(settings, torch.eye(2)).eval(), settings
     state = data.load_checkpoint(s.checkpoint)
     settings = state["settings"]
@@ -55,8 +56,16 @@ def load_network(s):
                                 f"leave the flag out")
     net = model.two_view(settings, state["model"]["prototypes"])
     net.load_state_dict(state["model"])
-    return net.eval(), {**settings, "step": state["step"], **{k: given[k] for k in ("frames", "size", "stride")
-                                                            if given[k] is not None}}
+    settings = {**settings, "step": state["step"], **{k: given[k] for k in ("frames", "size", "stride")
+                                                      if given[k] is not None}}
+    check_clips(settings)
+    return net.eval(), settings
+
+
+def check_clips(settings):
+    """Raise BadInput where the clips asked for are too small for the network."""
+    if why := model.too_small(settings["arch"], settings["frames"], settings["size"]):
+        raise data.BadInput(f"{why}: raise --frames or --size")
 
 
 def fingerprint(module):

@@ -78,6 +78,7 @@ class S3D(nn.Module):
         (112, 144, 288, 32, 64, 64), (256, 160, 320, 32, 128, 128),  # 4e, 4f
         ("pool", 2),
         (256, 160, 320, 32, 128, 128), (384, 192, 384, 48, 128, 128))  # 5b, 5c
+    min_frames, min_size = 8, 32
 
     def __init__(self, in_channels=3, width=1.0):
         super().__init__()
@@ -95,7 +96,6 @@ class S3D(nn.Module):
                 c = layers[-1].channels
         self.layers = nn.Sequential(*layers)
         self.out_channels = c
-        self.min_frames, self.min_size = 8, 32
 
     def forward(self, x):
         return self.layers(x)
@@ -129,6 +129,8 @@ class ResidualBlock(nn.Module):
 class R2Plus1D18(nn.Module):
     """R(2+1)D-18 without its classifier: [B, C, T, H, W] -> feature map [B, 512 width, T/8, H/16, W/16]."""
 
+    min_frames, min_size = 1, 1
+
     def __init__(self, in_channels=3, width=1.0):
         super().__init__()
         c, stem = scaled(64, width), scaled(45, width)
@@ -140,13 +142,21 @@ class R2Plus1D18(nn.Module):
             c = cout
         self.layers = nn.Sequential(*layers)
         self.out_channels = c
-        self.min_frames, self.min_size = 1, 1
 
     def forward(self, x):
         return self.layers(x)
 
 
 ARCHITECTURES = {"s3d": S3D, "r2plus1d18": R2Plus1D18}
+
+
+def too_small(arch, frames, size):
+    """A sentence where clips of `frames` frames and `size` px are smaller than the strides of `arch` allow, or None."""
+    net = ARCHITECTURES[arch]
+    if frames >= net.min_frames and size >= net.min_size:
+        return None
+    return (f"clips of {frames} frames and {size} px are too small for {arch}, which needs {net.min_frames} frames and "
+            f"{net.min_size} px")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +187,7 @@ class Backbone(nn.Module):
 
     def __init__(self, arch, in_channels, width=1.0, pool="avg"):
         super().__init__()
-        self.net = ARCHITECTURES[arch](in_channels, width)
+        self.arch, self.net = arch, ARCHITECTURES[arch](in_channels, width)
         self.pool = {"avg": 1, "1x2x2": 2}[pool]
         self.feature_dim = self.net.out_channels * self.pool ** 2
         self.recompute = False
@@ -186,10 +196,8 @@ class Backbone(nn.Module):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        t, s = x.shape[2], min(x.shape[3:])
-        if t < self.net.min_frames or s < self.net.min_size:
-            raise ValueError(f"clips of {t} frames and {s} px are too small for {type(self.net).__name__}, which needs "
-                             f"{self.net.min_frames} frames and {self.net.min_size} px")
+        if why := too_small(self.arch, x.shape[2], min(x.shape[3:])):
+            raise ValueError(why)
         if self.recompute and self.training:
             for layer in self.net.layers:
                 x = checkpoint(layer, x, use_reentrant=False,

@@ -363,6 +363,8 @@ def arguments(argv=None):
     for name in ("lambda2", "guide_start", "short_crops", "warmup_epochs", "max_faults"):
         if getattr(s, name) < 0:
             raise data.BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: must not be negative")
+    if why := model.too_small(s.arch, min(s.frames, s.short_frames) if s.short_crops else s.frames, s.size):
+        raise data.BadInput(f"{why}: raise --frames, --short-frames or --size, or take --arch r2plus1d18")
     if s.scale is None:
         s.scale = [136 / 128, 190 / 128] if s.arch == "s3d" else [128 / 112, 160 / 112]
     if not 1 <= s.scale[0] <= s.scale[1]:

@@ -377,6 +377,8 @@ def test_bad_input_gets_a_sentence(tiny, tmp_path):
         "folder has one split; leave the flag out": ["--checkpoint", "none", "--dataset", "folder", "--split", "2"],
         "lacks trainlist03.txt": ["--checkpoint", "none", "--split", "3"],
         "names a split twice": ["--checkpoint", "none", "--split", "1", "1"],
+        "clips of 4 frames and 64 px are too small for s3d.*raise --frames": [
+            "--checkpoint", "none", "--frames", "4", "--size", "64"],
         "--batch-views 0: must be above 0": ["--checkpoint", "none", "--batch-views", "0"],
     }.items():
         with pytest.raises(data.BadInput, match=words):

@@ -75,7 +75,7 @@ def test_gradients_are_right_at_two_frames():
 
 
 def test_too_small_clips_are_named():
-    with pytest.raises(ValueError, match="clips of 4 frames and 64 px are too small for S3D"):
+    with pytest.raises(ValueError, match="clips of 4 frames and 64 px are too small for s3d"):
         model.Backbone("s3d", 3, 0.125)(torch.zeros(1, 3, 4, 64, 64))
 
 

@@ -417,6 +417,7 @@ def test_changed_settings_are_refused_on_resume(tiny, whole, tmp_path):
     (["--batch-size", "21"], "more than the 20 videos"), (["--lambda1", "0"], "--lambda1 0.0: must be above 0"),
     (["--prototypes", "absent.npz"], "absent.npz doesn't exist; make it with: python prototypes.py"),
     (["--flow", "absent"], "absent is no flow store"), (["--scale", "0.5", "1"], "must be 1 <= LOW <= HIGH"),
+    (["--short-frames", "4"], "clips of 4 frames and 32 px are too small for s3d.*raise --frames"),
     (["--device", "cuda"], "torch sees no GPU")])
 def test_bad_arguments_get_a_sentence(tiny, tmp_path, more, words):
     if more[0] == "--device" and torch.cuda.is_available():
