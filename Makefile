@@ -6,7 +6,7 @@ DEMO ?= demo
 # Threads that spin while they wait slow a busy machine down five-fold; read by OpenMP when torch is loaded.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: build demo test bench lint clean
+.PHONY: build demo test gpu bench lint clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed, this is ' + sys.version)"
@@ -45,8 +45,21 @@ demo: $(VENV)/installed
 	$(BIN)/python -m experiments.tables show $(DEMO)/untrained.json results/demo/sep.json $(DEMO)/goca.json
 	@echo "pictures: $(DEMO)/films.png $(DEMO)/prototypes.png $(DEMO)/training.png $(DEMO)/retrieval.png"
 
+# In two processes: most tests keep one core busy.
 test: build
-	$(BIN)/python -m pytest -q --durations=5 tests
+	$(BIN)/python -m pytest -q -n 2 --durations=5 tests
+
+# Where an NVIDIA card is: the tests that need one, the same small ones under compute-sanitizer, and the speed rows.
+GPU_TESTS = -q -k "cuda or gpu" tests/test_operator.py tests/test_tvl1.py tests/test_flow.py tests/test_prototypes.py
+GPU_SMALL = -q -k "cuda and (33x65 or streams) or gpu" tests/test_operator.py tests/test_tvl1.py
+CARD = $(shell nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' ' '_')
+gpu: build
+	$(BIN)/python -c "import sys, torch, goca; sys.exit(not (torch.cuda.is_available() and goca._goca.cuda) and \
+	    'make gpu needs a card that torch sees, and the extension built with its CUDA kernels (see make build)')"
+	$(BIN)/python -m pytest $(GPU_TESTS)
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest $(GPU_SMALL)
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest $(GPU_SMALL)
+	$(BIN)/python -m experiments.bench operator step flow --json results/$(CARD).json $(if $(VIDEOS),--videos $(VIDEOS))
 
 # All rows, about 8 minutes on 2 cores. VIDEOS=DIR reads real films in place of generated ones.
 MACHINE ?= $(shell uname -m)_$(shell nproc)_cores
