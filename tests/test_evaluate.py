@@ -309,7 +309,8 @@ def test_finetuning_changes_the_backbone_and_continues_with_the_same_numbers(tin
 
 
 def test_probability_fusion_is_the_mean_of_two_classifiers():
-    s = evaluate.arguments(["linear", "--videos", "x", "--flow", "x", *UNTRAINED, "--fusion", "probability"])
+    s = evaluate.arguments(["linear", "--videos", "x", "--flow", "x", *UNTRAINED, "--fusion", "probability", "--views",
+                            *evaluate.VIEWS])
     p = {("rgb",): torch.tensor([[0.9, 0.1]]), ("flow",): torch.tensor([[0.2, 0.8]])}
     asked = []
     out = evaluate.probabilities_by_view(s, lambda views: (asked.append(views), p[views])[1])
