@@ -34,7 +34,7 @@ import data
 import metrics
 import model
 import weights
-from features import NETWORK, check_store, features, fingerprint, load_network, view_matrix
+from features import NETWORK, Features, check_store, features, fingerprint, load_network, view_matrix
 from training import commit, start_processes
 
 VIEWS = (*model.VIEWS, "rgb+flow")
@@ -67,10 +67,23 @@ def check_classes(train, test, classes):
         print(f"{len(single)} classes have one training video only: {', '.join(single[:5])}")
 
 
+def aligned(train, test):
+    """Give both the classes of both: folders name theirs one by one, and one subset may lack some."""
+    if train.classes == test.classes:
+        return train, test
+    classes = train.classes + [c for c in test.classes if c not in train.classes]
+    videos = [v._replace(label=classes.index(test.classes[v.label])) for v in test.videos]
+    test = test._replace(videos=videos, classes=classes)
+    if isinstance(test, Features):
+        test = test._replace(labels=torch.tensor([v.label for v in videos]))
+    return train._replace(classes=classes), test
+
+
 def both_subsets(env, split):
     """Features of the training and the test list -> (train, test), None on rank > 0."""
-    return tuple(features(env.net, labelled(env.s, split, subset), env.store, env.s, env.device,
-                          f"split{split}-{subset}", env.rank, env.world) for subset in ("train", "test"))
+    both = [features(env.net, labelled(env.s, split, subset), env.store, env.s, env.device, f"split{split}-{subset}",
+                     env.rank, env.world) for subset in ("train", "test")]
+    return (None, None) if env.rank else aligned(*both)
 
 
 def listed(videos):
@@ -175,7 +188,7 @@ def linear_on_features(env, split):
 def on_clips(env, split):
     """`finetune`, and `linear --on clips`."""
     s, frozen = env.s, env.s.command == "linear"
-    train, test = labelled(s, split, "train"), labelled(s, split, "test")
+    train, test = aligned(labelled(s, split, "train"), labelled(s, split, "test"))
     without = [f"{v.name} (no flow)" for v in train.videos if v.name not in env.store]
     train = train._replace(videos=[v for v in train.videos if v.name in env.store], absent=train.absent + without)
     if not train.videos:
