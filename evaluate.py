@@ -141,7 +141,8 @@ def cluster(env, split):
         for name, value in scores.items():
             results[view] |= {name: value.mean().item(), f"{name} deviation": value.std(correction=0).item()}
     return {"results": results, "left_out": test.left_out,
-            "protocol": {"videos": len(test.videos), "classes": k, "clusters": k, "runs": s.runs, "seed": s.seed}}
+            "protocol": {"videos": len(test.videos), "classes": k, "clusters": k, "runs": s.runs, "seed": s.seed,
+                         "metric": "Euclidean, of unit features"}}
 
 
 def classification(probabilities, test_videos, classes):
@@ -231,22 +232,24 @@ def protocol_of(env):
                "probability": "mean of the softmax"}
     clips = (f"{s.frames} frames x 10 clips x 3 crops" if s.protocol == "goca" else
              f"{s.frames} frames, a window every 15, centre crop")
-    stored = s.command != "finetune" and getattr(s, "on", "features") == "features"
+    pooled = ""
+    if s.command != "finetune" and getattr(s, "on", "features") == "features":
+        pooled = ", unit length, mean over views" if s.protocol == "goca" else ", mean over windows"
+    centred = s.protocol == "coclr" and s.command in ("retrieval", "cluster")
     out = {"command": s.command, "protocol": s.protocol, "fusion": getattr(s, "fusion", None), "dataset": s.dataset,
            "split": s.split[0] if len(s.split) == 1 else s.split, "checkpoint": s.checkpoint,
            "weights": fingerprint(env.net.backbones)[:16], "step": settings.get("step", 0),
            "method": "untrained" if s.checkpoint == "none" else settings["method"],
            **{k: settings[k] for k in NETWORK}, "views": clips,
-           "feature": f"backbone, pooled, {next(iter(env.net.backbones.values())).feature_dim}-d" + (
-               "" if not stored else ", unit length, mean over views" if s.protocol == "goca" else
-               ", mean over windows" + (", centred by set" if s.command in ("retrieval", "cluster") else "")),
+           "feature": f"backbone, pooled, {next(iter(env.net.backbones.values())).feature_dim}-d{pooled}",
+           "centring": "each set by its own mean" if centred else "none",
            "precision": "bf16" if env.device.type == "cuda" else "float32", "commit": commit(),
            "pretraining": {k: settings[k] for k in PRETRAINING if "step" in settings and k in settings}}
     if "fusion" in s:
         out["fusion of rgb+flow"] = fusions[s.fusion]
     if env.recipe:
         out |= {"on": getattr(s, "on", "clips"), "recipe": s.recipe, **env.recipe._asdict(), "seed": s.seed,
-                "batch": s.batch_size * env.world, "result of": "the last epoch"}
+                "batch": s.batch_size * env.world, "metric": "accuracy", "result of": "the last epoch"}
     return out
 
 

@@ -236,7 +236,9 @@ def features(args):
         own = np.isin(labels, shown)
         if own.sum() < 5:
             raise data.BadInput(f"{file} holds {own.sum()} videos, too few for a map")
-        values = {v: torch.from_numpy(arrays[v]) for v in ("rgb", "flow")}
+        if lacking := set(args.view.split("+")) - arrays.keys():
+            raise data.BadInput(f"{file} holds no features of {lacking.pop()}")
+        values = {v: torch.from_numpy(arrays[v]) for v in args.view.split("+")}
         x = view_matrix(values, args.view, "coclr", "average").numpy()[own]
         at = TSNE(init="pca", perplexity=min(30, (len(x) - 1) / 3), random_state=0).fit_transform(x)
         for i, c in enumerate(sorted(shown)):

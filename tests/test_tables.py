@@ -156,6 +156,9 @@ def test_pictures_of_lambda_features_and_confusion(tmp_path):
     figures.main(["features", "--features", str(tmp_path / "f.npz"), "--versus", str(tmp_path / "f.npz"), "--view",
                   "rgb+flow", "--classes", "3", "--out", out])
     picture(out)
+    data.save_arrays(tmp_path / "f.npz", "features", {"classes": list("abcd")}, labels=labels, rgb=values["rgb"])
+    with pytest.raises(data.BadInput, match=r"f.npz holds no features of flow"):
+        figures.main(["features", "--features", str(tmp_path / "f.npz"), "--view", "rgb+flow", "--out", out])
     said = result(tmp_path, "x", 0, 50, classes=["a", "b"], queries=[{"path": "", "label": i} for i in (0, 1, 1)],
                   predictions={"rgb": [0, 1, 0]})
     figures.main(["confusion", "--json", str(said), "--out", out])

@@ -319,8 +319,9 @@ def test_evaluate_with_other_peoples_weights(tiny, tmp_path, coclr):
     assert set(out["results"]) == {"rgb", "flow", "rgb+flow"} and p["method"] == "CoCLR or ViCC" and p["frames"] == 8
     assert p["checkpoint"] == " ".join(both) and len(p["weights"]) == 16 and p["step"] == 0
     assert len(list((tmp_path / "features").glob("*.npz"))) == 2  # beside the file, like a checkpoint's
-    out = evaluated(tiny, tmp_path, "linear", "--weights", both[0], *small, "--epochs", "1", "--batch-size", "20")
-    assert set(out["results"]) == {"rgb"}
+    out = evaluated(tiny, tmp_path, "linear", "--weights", both[0], *small, "--on", "clips", "--epochs", "1",
+                    "--batch-size", "20", "--out", str(tmp_path / "o"), "--scale", "1", "1.2")
+    assert set(out["results"]) == {"rgb"} and out["protocol"]["centring"] == "none" != p["centring"]
     with pytest.raises(data.BadInput, match=r"--views flow: .* holds a network for rgb only; name files for both"):
         evaluated(tiny, tmp_path, "retrieval", "--weights", both[0], *small, "--views", "flow")
     with pytest.raises(data.BadInput, match="was trained with --arch s3d, not r2plus1d18"):
