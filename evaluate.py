@@ -1,6 +1,7 @@
 """Stage 4: what the representation is worth (paper section 4; Tables 1-8).
 
-In   a checkpoint of pretrain.py (or `none`: the untrained network), a labelled data set and its flow store.
+In   a checkpoint of pretrain.py (or `none`: the untrained network), or other people's weights (`--weights`, see
+     weights.py), a labelled data set and its flow store.
 Out  a table; with --json FILE {"protocol": {...}, "results": {view: {name: number}}, ...}.
 
     python evaluate.py retrieval --checkpoint runs/ucf101 --dataset ucf101 --videos UCF-101 --splits ucfTrainTestlist \\
@@ -11,6 +12,7 @@ retrieval  R@k: share of queries (test list) with their class among the k neares
 cluster    k-means on the test features, K = number of classes: Acc, NMI, F1, mean and deviation of 50 runs
 linear     linear probe on the frozen backbone: on stored features (fast), or --on clips with augmentation (faithful)
 finetune   the whole backbone trained on the labels
+export     the backbones of a run in a file of their own
 
 --protocol goca (paper): 3 x 10 views, each of unit length, averaged; cosine. coclr (CoCLR and ViCC): windows of the
 length of a clip every 15 frames, averaged, centred by their set's mean; cosine. View "rgb+flow" averages both features
@@ -31,9 +33,11 @@ import classify
 import data
 import metrics
 import model
-from features import NETWORK, check_store, features, load_network, view_matrix
+import weights
+from features import NETWORK, Features, check_store, features, fingerprint, load_network, view_matrix
 from training import commit, start_processes
 
+VIEWS = (*model.VIEWS, "rgb+flow")
 PRETRAINING = ("dataset", "split", "epochs", "global_batch", "optimizer", "lr", "lambda1", "lambda2", "prior_sign",
                "guide_start", "seed", "prototypes")  # of a checkpoint's settings, repeated beside its numbers
 
@@ -63,10 +67,23 @@ def check_classes(train, test, classes):
         print(f"{len(single)} classes have one training video only: {', '.join(single[:5])}")
 
 
+def aligned(train, test):
+    """Give both the classes of both: folders name theirs one by one, and one subset may lack some."""
+    if train.classes == test.classes:
+        return train, test
+    classes = train.classes + [c for c in test.classes if c not in train.classes]
+    videos = [v._replace(label=classes.index(test.classes[v.label])) for v in test.videos]
+    test = test._replace(videos=videos, classes=classes)
+    if isinstance(test, Features):
+        test = test._replace(labels=torch.tensor([v.label for v in videos]))
+    return train._replace(classes=classes), test
+
+
 def both_subsets(env, split):
     """Features of the training and the test list -> (train, test), None on rank > 0."""
-    return tuple(features(env.net, labelled(env.s, split, subset), env.store, env.s, env.device,
-                          f"split{split}-{subset}", env.rank, env.world) for subset in ("train", "test"))
+    both = [features(env.net, labelled(env.s, split, subset), env.store, env.s, env.device, f"split{split}-{subset}",
+                     env.rank, env.world) for subset in ("train", "test")]
+    return (None, None) if env.rank else aligned(*both)
 
 
 def listed(videos):
@@ -81,7 +98,7 @@ def extract_features(env, split):
     if env.rank:
         return None
     return {"results": {v: {"train videos": len(train.videos), "test videos": len(test.videos),
-                            "dimensions": train.values[v].shape[1]} for v in model.VIEWS},
+                            "dimensions": train.values[v].shape[1]} for v in train.values},
             "left_out": train.left_out + test.left_out}
 
 
@@ -124,7 +141,8 @@ def cluster(env, split):
         for name, value in scores.items():
             results[view] |= {name: value.mean().item(), f"{name} deviation": value.std(correction=0).item()}
     return {"results": results, "left_out": test.left_out,
-            "protocol": {"videos": len(test.videos), "classes": k, "clusters": k, "runs": s.runs, "seed": s.seed}}
+            "protocol": {"videos": len(test.videos), "classes": k, "clusters": k, "runs": s.runs, "seed": s.seed,
+                         "metric": "Euclidean, of unit features"}}
 
 
 def classification(probabilities, test_videos, classes):
@@ -171,7 +189,7 @@ def linear_on_features(env, split):
 def on_clips(env, split):
     """`finetune`, and `linear --on clips`."""
     s, frozen = env.s, env.s.command == "linear"
-    train, test = labelled(s, split, "train"), labelled(s, split, "test")
+    train, test = aligned(labelled(s, split, "train"), labelled(s, split, "test"))
     without = [f"{v.name} (no flow)" for v in train.videos if v.name not in env.store]
     train = train._replace(videos=[v for v in train.videos if v.name in env.store], absent=train.absent + without)
     if not train.videos:
@@ -214,21 +232,24 @@ def protocol_of(env):
                "probability": "mean of the softmax"}
     clips = (f"{s.frames} frames x 10 clips x 3 crops" if s.protocol == "goca" else
              f"{s.frames} frames, a window every 15, centre crop")
-    stored = s.command != "finetune" and getattr(s, "on", "features") == "features"
+    pooled = ""
+    if s.command != "finetune" and getattr(s, "on", "features") == "features":
+        pooled = ", unit length, mean over views" if s.protocol == "goca" else ", mean over windows"
+    centred = s.protocol == "coclr" and s.command in ("retrieval", "cluster")
     out = {"command": s.command, "protocol": s.protocol, "fusion": getattr(s, "fusion", None), "dataset": s.dataset,
            "split": s.split[0] if len(s.split) == 1 else s.split, "checkpoint": s.checkpoint,
-           "step": settings.get("step", 0), "method": settings["method"] if "step" in settings else "untrained",
+           "weights": fingerprint(env.net.backbones)[:16], "step": settings.get("step", 0),
+           "method": "untrained" if s.checkpoint == "none" else settings["method"],
            **{k: settings[k] for k in NETWORK}, "views": clips,
-           "feature": f"backbone, pooled, {env.net.backbones['rgb'].feature_dim}-d" + (
-               "" if not stored else ", unit length, mean over views" if s.protocol == "goca" else
-               ", mean over windows" + (", centred by set" if s.command in ("retrieval", "cluster") else "")),
+           "feature": f"backbone, pooled, {next(iter(env.net.backbones.values())).feature_dim}-d{pooled}",
+           "centring": "each set by its own mean" if centred else "none",
            "precision": "bf16" if env.device.type == "cuda" else "float32", "commit": commit(),
            "pretraining": {k: settings[k] for k in PRETRAINING if "step" in settings and k in settings}}
     if "fusion" in s:
         out["fusion of rgb+flow"] = fusions[s.fusion]
     if env.recipe:
         out |= {"on": getattr(s, "on", "clips"), "recipe": s.recipe, **env.recipe._asdict(), "seed": s.seed,
-                "batch": s.batch_size * env.world, "result of": "the last epoch"}
+                "batch": s.batch_size * env.world, "metric": "accuracy", "result of": "the last epoch"}
     return out
 
 
@@ -262,10 +283,20 @@ def show_classes(by_class):
 
 def evaluate(s):
     """Run a command on its splits, print and write what it gives -> exit status."""
+    if s.command == "export":
+        weights.export(s.checkpoint, s.out)
+        print(f"written: {s.out}")
+        return 0
     device, rank, world = start_processes(s)
     net, settings = load_network(s)
     for k in NETWORK:
         setattr(s, k, settings[k])
+    if s.command != "features":
+        known = [v for v in VIEWS if set(v.split("+")) <= set(net.backbones)]
+        s.views = s.views or known
+        for v in (v for v in s.views if v not in known):
+            raise data.BadInput(f"--views {v}: --weights {s.checkpoint} holds a network for {known[0]} only; name "
+                                f"files for both: --weights rgb=FILE flow=FILE")
     store = data.FlowStore(s.flow)
     check_store(store, settings, s)
     env = SimpleNamespace(s=s, net=net.to(device, memory_format=torch.channels_last_3d), settings=settings, store=store,
@@ -330,7 +361,10 @@ def arguments(argv=None):
     for name in COMMANDS:
         c = commands.add_parser(name, help=about[name], formatter_class=Help)
         g = c.add_argument_group("input and output")
-        g.add_argument("--checkpoint", required=True, help="a run's folder, a checkpoint, or none (untrained network)")
+        of = g.add_mutually_exclusive_group(required=True)
+        of.add_argument("--checkpoint", help="a run's folder, a checkpoint, or none (untrained network)")
+        of.add_argument("--weights", nargs="+", metavar="[rgb=|flow=]FILE",
+                        help="an export, or weights of the released GOCA, CoCLR, ViCC, or torchvision")
         g.add_argument("--dataset", choices=data.DATASETS, default="folder")
         g.add_argument("--videos", required=True)
         g.add_argument("--splits", help="folder of the data set's official lists")
@@ -342,8 +376,7 @@ def arguments(argv=None):
         g = c.add_argument_group("protocol")
         g.add_argument("--protocol", choices=("goca", "coclr"), default="goca", help="test views")
         if name != "features":
-            views = ("rgb", "flow", "rgb+flow")
-            g.add_argument("--views", nargs="+", choices=views, default=list(views))
+            g.add_argument("--views", nargs="+", choices=VIEWS, help="default: all that there are networks for")
             other = "probability" if name in ("linear", "finetune") else "similarity"
             g.add_argument("--fusion", choices=("average", other), default="average", help="of rgb+flow")
         if name not in ("features", "cluster"):
@@ -352,7 +385,7 @@ def arguments(argv=None):
             g.add_argument("--runs", type=int, default=50, help="of k-means")
         if name in ("linear", "finetune"):
             train_arguments(c, name)
-        g = c.add_argument_group("network (of --checkpoint none; a checkpoint knows its own)")
+        g = c.add_argument_group("network (of --checkpoint none; others know their own)")
         g.add_argument("--arch", choices=model.ARCHITECTURES)
         g.add_argument("--width", type=float)
         g.add_argument("--pool", choices=("avg", "1x2x2"))
@@ -364,7 +397,14 @@ def arguments(argv=None):
         g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
         g.add_argument("--workers", type=int, default=2, help="loader processes")
         g.add_argument("--batch-views", type=int, default=32, help="clips a forward pass")
+    c = commands.add_parser("export", help="the backbones of a run in a file of their own, for --weights")
+    c.add_argument("--checkpoint", required=True, help="a run's folder or a checkpoint")
+    c.add_argument("--out", required=True, help="file to write")
     s = p.parse_args(argv)
+    if s.command == "export":
+        return s
+    if s.weights:
+        s.checkpoint = " ".join(s.weights)
     for flag in ("frames", "stride", "size", "width", "runs", "batch_views", "batch_size", "epochs", "lr"):
         if getattr(s, flag, None) is not None and getattr(s, flag) <= 0:
             raise data.BadInput(f"--{flag.replace('_', '-')} {getattr(s, flag)}: must be above 0")

@@ -1,9 +1,11 @@
 """Backbone features of every video of a list, extracted once and kept (section 4.2; stage 4's first half).
 
-In   a checkpoint of pretrain.py (or `none`: the untrained network), the videos of a subset and their flow store.
-Out  one .npz a subset and protocol: rgb and flow float32 [n, D] (the mean over a video's test views), labels int64 [n],
-     names [n], and a header that says of which weights, videos, flow and views. Retrieval, clusters and the linear
-     probe read it; a file that is not of exactly these weights, videos, flow and views is refused.
+In   a checkpoint of pretrain.py (or `none`: the untrained network) or backbones of weights.py, the videos of a subset
+     and their flow store.
+Out  one .npz a subset and protocol: rgb and flow (of whichever there is a network) float32 [n, D] (the mean over a
+     video's test views), labels int64 [n], names [n], and a header that says of which weights, videos, flow and views.
+     Retrieval, clusters and the linear probe read it; a file that is not of exactly these weights, videos, flow and
+     views is refused.
 
 Work is kept every 16 videos, so an interrupted extraction goes on where it was; several processes share the blocks.
 """
@@ -23,6 +25,7 @@ from tqdm import tqdm
 
 import data
 import model
+import weights
 
 BLOCK = 16  # videos between two saves
 NETWORK = ("arch", "width", "pool", "frames", "size", "stride")  # settings that decide what a feature is
@@ -41,31 +44,33 @@ class Features(NamedTuple):
 # Networks
 # ---------------------------------------------------------------------------------------------------------------------
 def load_network(s):
-    """--checkpoint -> (network in eval mode, its settings); what a flag says must agree with the checkpoint."""
+    """--checkpoint or --weights -> (network in eval mode, its settings); what a flag says must agree with them."""
     given = {k: getattr(s, k) for k in NETWORK}
-    if s.checkpoint == "none":
+    free = {k: given[k] for k in ("frames", "size", "stride") if given[k] is not None}
+    if s.weights:
+        net, settings = weights.load(*s.weights, pool=s.pool)
+        agree(given, settings, f"--weights {s.checkpoint}")
+    elif s.checkpoint == "none":
         settings = {"arch": "s3d", "width": 1.0, "pool": "avg", "frames": 32, "size": 128, "stride": 1, "hidden": 8,
                     "method": "goca", "seed": s.seed, **{k: v for k, v in given.items() if v is not None}}
-        check_clips(settings)
-        return model.two_view(settings, torch.eye(2)).eval(), settings
-    state = data.load_checkpoint(s.checkpoint)
-    settings = state["settings"]
-    for k in ("arch", "width", "pool"):
-        if given[k] is not None and given[k] != settings[k]:
-            raise data.BadInput(f"{s.checkpoint} was trained with --{k} {settings[k]}, not {given[k]}; "
-                                f"leave the flag out")
-    net = model.two_view(settings, state["model"]["prototypes"])
-    net.load_state_dict(state["model"])
-    settings = {**settings, "step": state["step"], **{k: given[k] for k in ("frames", "size", "stride")
-                                                      if given[k] is not None}}
-    check_clips(settings)
+        net = model.two_view(settings, torch.eye(2))
+    else:
+        state = data.load_checkpoint(s.checkpoint)
+        settings = {**state["settings"], "step": state["step"]}
+        agree(given, settings, s.checkpoint)
+        net = model.two_view(settings, state["model"]["prototypes"])
+        net.load_state_dict(state["model"])
+    settings |= free
+    if why := model.too_small(settings["arch"], settings["frames"], settings["size"]):
+        raise data.BadInput(f"{why}: raise --frames or --size")
     return net.eval(), settings
 
 
-def check_clips(settings):
-    """Raise BadInput where the clips asked for are too small for the network."""
-    if why := model.too_small(settings["arch"], settings["frames"], settings["size"]):
-        raise data.BadInput(f"{why}: raise --frames or --size")
+def agree(given, settings, what):
+    """Refuse flags that say another network than the one that was loaded."""
+    for k in ("arch", "width", "pool"):
+        if given[k] is not None and given[k] != settings[k]:
+            raise data.BadInput(f"{what} was trained with --{k} {settings[k]}, not {given[k]}; leave the flag out")
 
 
 def fingerprint(module):
@@ -129,12 +134,13 @@ def in_batches(items, batch_views):
 
 @torch.inference_mode()
 def extract(net, videos, store, s, device, what, keep, done=()):
-    """Features of `videos` block by block; calls keep(block, {"rgb", "flow": float32 [k, D], "kept", "faults"}).
+    """Features of `videos` block by block; calls keep(block, {view: float32 [k, D], "kept", "faults"}).
 
     kept: places in `videos` of the k that could be read. done: blocks to leave out. Under protocol "goca" each view's
     feature has unit length before the average.
     """
     clips = data.TestClips(videos, store, protocol=s.protocol, frames=s.frames, size=s.size, stride=s.stride)
+    views = list(net.backbones)
     places = range(len(videos))
     blocks = {b: places[b * BLOCK:(b + 1) * BLOCK] for b in range(-(-len(videos) // BLOCK)) if b not in done}
     own = [i for block in blocks.values() for i in block]
@@ -153,10 +159,10 @@ def extract(net, videos, store, s, device, what, keep, done=()):
             faults += [i["fault"] for i in group if "fault" in i]
             group = [i for i in group if "fault" not in i]
             if group:
-                parts.append(mean_over_views(of_views, group, model.VIEWS, device, s.batch_views))
+                parts.append(mean_over_views(of_views, group, views, device, s.batch_views))
                 kept += [i["index"] for i in group]
-        dim = net.backbones["rgb"].feature_dim
-        values = {v: torch.cat([p[v] for p in parts]) if parts else torch.zeros(0, dim) for v in model.VIEWS}
+        values = {v: torch.cat([p[v] for p in parts]) if parts else torch.zeros(0, net.backbones[v].feature_dim)
+                  for v in views}
         for i, *rows in zip(kept, *values.values(), strict=True):
             if not all(r.isfinite().all() for r in rows):
                 raise data.BadInput(f"the features of {videos[i].path} are not finite: the weights of {s.checkpoint} "
@@ -182,13 +188,12 @@ def features(net, found, store, s, device, what, rank=0, world=1):
               "videos": hashlib.sha256(json.dumps([(v.name, v.label) for v in videos]).encode()).hexdigest(),
               "without_flow": [v.name for v in videos if v.name not in store]}
     key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
-    folder = s.features or (None if s.checkpoint == "none" else
-                            (Path(s.checkpoint) if Path(s.checkpoint).is_dir() else Path(s.checkpoint).parent)
-                            / "features")
+    at = Path(s.weights[-1].rpartition("=")[2] if s.weights else s.checkpoint)
+    folder = s.features or (None if s.checkpoint == "none" else (at if at.is_dir() else at.parent) / "features")
     if folder is None and world > 1:
         raise data.BadInput("several processes need --features, the folder in which they share their work")
     path = folder and Path(folder) / f"{s.dataset}-{what}-{s.protocol}-{key}.npz"
-    made_by = f"python evaluate.py features --checkpoint {s.checkpoint}"
+    made_by = f"python evaluate.py features --{'weights' if s.weights else 'checkpoint'} {s.checkpoint}"
     if path is None or not path.exists():
         joined = _extract_all(net, videos, store, s, device, what, path, rank, world)
         if rank == 0:
@@ -204,7 +209,7 @@ def features(net, found, store, s, device, what, rank=0, world=1):
         header, joined = data.load_arrays(path, "features", made_by)
         if header.get("key") != key:
             raise data.BadInput(f"{path} holds the features of another checkpoint, data set or protocol; remove it")
-        if not all(np.isfinite(joined[v]).all() for v in model.VIEWS):
+        if not all(np.isfinite(joined[v]).all() for v in net.backbones):
             raise data.BadInput(f"{path} holds features that are not finite; remove it")
         print(f"features of {len(joined['kept'])} {what} videos: {path}")
     if rank:
@@ -212,7 +217,7 @@ def features(net, found, store, s, device, what, rank=0, world=1):
     faults = [str(f) for f in joined["faults"]]
     if not len(joined["kept"]):
         raise data.BadInput(f"none of the {len(videos)} {what} videos can be read; the first: {faults[0]}")
-    return Features({v: torch.from_numpy(joined[v]) for v in model.VIEWS}, torch.from_numpy(joined["labels"]),
+    return Features({v: torch.from_numpy(joined[v]) for v in net.backbones}, torch.from_numpy(joined["labels"]),
                     [videos[i] for i in joined["kept"]], found.classes,
                     [f"{a}: listed, but absent" for a in found.absent] + faults)
 

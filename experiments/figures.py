@@ -9,7 +9,7 @@
 
 prototypes: Fig. 3, t-SNE of the prototypes before (random) and after Eq. 11, and the cosine of each to its nearest.
 training: the curves of one or several RUN/log.jsonl. retrieval: Fig. 4, queries with their nearest videos, right and
-wrong ones framed green and red; with --versus the same queries answered by another network. lambda: Table 2, the
+wrong ones framed and marked; with --versus the same queries answered by another network. lambda: Table 2, the
 paper's beside ours (`experiments.tables run --table 2`). features: t-SNE of a file of features of evaluate.py by class.
 confusion: classes against what a classifier, or the nearest neighbour, says.
 """
@@ -30,13 +30,15 @@ from features import view_matrix
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-RIGHT, WRONG = "#2a9d3a", "#c62828"
+# Okabe and Ito's colours, which colour-blind readers can tell apart; right and wrong are told by marks too
+COLOURS = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#B8A900"
+RIGHT, WRONG = "#0072B2", "#D55E00"
 
 
 def save(figure, path):
     """Write a figure under a temporary name, then rename it."""
     with data.atomic(path) as tmp:
-        figure.savefig(tmp, dpi=110, bbox_inches="tight")
+        figure.savefig(tmp, dpi=150, bbox_inches="tight")
     plt.close(figure)
     print(f"written: {path}")
 
@@ -53,21 +55,26 @@ def prototypes(args):
     n, d = fitted.shape
     random = np.random.default_rng(0).standard_normal((n, d))
     random /= np.linalg.norm(random, axis=1, keepdims=True)
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
-    nearest, labels = [], []
-    for axis, points, name in ((axes[0], random, "random"), (axes[1], fitted, "after Eq. 11")):
-        at = TSNE(init="random", perplexity=min(30, (n - 1) / 3), random_state=0).fit_transform(points)
-        axis.scatter(*at.T, s=6, color="#30506f")
-        axis.set(title=f"{name}, {n} in {d}-d (t-SNE)", xticks=[], yticks=[])
-        axis.set_aspect("equal")
+    nearest = []
+    for points in (random, fitted):
         gram = points @ points.T
         np.fill_diagonal(gram, -2)
         nearest.append(gram.max(1))
-        labels.append(f"{name}\nmean {nearest[-1].mean():.4f}, max {nearest[-1].max():.4f}")
+    low, high = min(x.min() for x in nearest), max(x.max() for x in nearest)
+    figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.2), layout="constrained")
+    names = "random", "after Eq. 11"
+    for axis, points, cosine, name in zip(axes, (random, fitted), nearest, names, strict=False):
+        at = TSNE(init="random", perplexity=min(30, (n - 1) / 3), random_state=0).fit_transform(points)
+        dots = axis.scatter(*at.T, s=14, c=cosine, cmap="cividis_r", vmin=low, vmax=high)
+        axis.set(title=f"{name}: {n} prototypes, {d}-d (t-SNE)", xticks=[], yticks=[])
+        axis.set_box_aspect(1)
+    figure.colorbar(dots, ax=axes[1], label="cosine to the nearest", shrink=0.85)
     # in common bins and on a logarithmic axis: after Eq. 11 nearly all may be in one
-    bins = np.linspace(min(x.min() for x in nearest) - 0.01, max(x.max() for x in nearest) + 0.01, 41)
-    axes[2].hist(nearest, bins=bins, alpha=0.8, histtype="stepfilled", label=labels, log=True)
+    labels = [f"{name}\nmean {x.mean():.4f}, max {x.max():.4f}" for name, x in zip(names, nearest, strict=True)]
+    axes[2].hist(nearest, bins=np.linspace(low - 0.01, high + 0.01, 41), alpha=0.85, histtype="stepfilled", log=True,
+                 label=labels, color=(WRONG, RIGHT))
     axes[2].set(title="cosine to the nearest", xlabel="cosine", ylabel="prototypes")
+    axes[2].set_box_aspect(1)
     axes[2].legend(loc="upper right", fontsize=8)
     save(figure, args.out)
 
@@ -135,12 +142,15 @@ def load_retrieval(path):
         raise data.BadInput(f"{path} is no result of: python evaluate.py retrieval --json ({e})") from e
 
 
-def tile(axis, video, classes, colour):
+def tile(axis, video, classes, right=None):
+    """A video's frame with its class, framed and marked as a right or wrong answer (None: a query)."""
+    mark, colour = {None: ("", "black"), True: ("✓ ", RIGHT), False: ("✗ ", WRONG)}[right]
     axis.imshow(middle_frame(video["path"]))
     axis.set(xticks=[], yticks=[])
-    axis.set_xlabel(classes[video["label"]], fontsize=8, color=colour)
+    name = classes[video["label"]]
+    axis.set_xlabel(mark + (name if len(name) < 16 else name[:14] + "…"), fontsize=8, color=colour, labelpad=3)
     for side in axis.spines.values():
-        side.set(color=colour, linewidth=3)
+        side.set(color=colour, linewidth=3, linestyle="--" if right is False else "-")
 
 
 def retrieval(args):
@@ -161,13 +171,13 @@ def retrieval(args):
     figure, axes = plt.subplots(len(rows), columns, figsize=(1.15 * columns, 1.35 * len(rows)), squeeze=False,
                                 gridspec_kw={"width_ratios": [1] + ([0.25] + [1] * k) * len(results)})
     for line, i in zip(axes, rows, strict=True):
-        tile(line[0], queries[i], classes, "black")
+        tile(line[0], queries[i], classes)
         for b, r in enumerate(results):
             at = 1 + b * (k + 1)
             line[at].axis("off")
             for axis, j in zip(line[at + 1:], r["neighbours"][args.view][i][:k], strict=False):
                 video = r["gallery"][j]
-                tile(axis, video, classes, RIGHT if video["label"] == queries[i]["label"] else WRONG)
+                tile(axis, video, classes, video["label"] == queries[i]["label"])
     axes[0, 0].set_title("query", fontsize=9)
     for b, r in enumerate(results):
         p = r["protocol"]
@@ -194,7 +204,7 @@ def lambdas(args):
     seeds = f"{count} seed{'s' if count > 1 else ''} at most"
     for axis, values, title in ((axes[0], np.array(LAMBDA_GRID), "paper: UCF101, RGB, 200 epochs"),
                                 (axes[1], grid, f"ours: {args.on}, RGB, {seeds}")):
-        colours = matplotlib.colormaps["viridis"].with_extremes(bad="0.85")
+        colours = matplotlib.colormaps["cividis"].with_extremes(bad="0.85")
         image = axis.imshow(values, cmap=colours)
         middle = (np.nanmin(values) + np.nanmax(values)) / 2
         for (y, x), value in np.ndenumerate(values):
@@ -203,6 +213,8 @@ def lambdas(args):
                       color="white" if value < middle else "black")
         axis.set(title=title, xlabel="lambda1 (entropy)", ylabel="lambda2 (prior)", xticks=range(len(LAMBDAS)),
                  yticks=range(len(LAMBDAS)), xticklabels=LAMBDAS, yticklabels=LAMBDAS)
+        best = np.unravel_index(np.nanargmax(values), values.shape)
+        axis.add_patch(plt.Rectangle((best[1] - 0.47, best[0] - 0.47), 0.94, 0.94, fill=False, color=WRONG, lw=3))
         figure.colorbar(image, ax=axis, label="R@1", shrink=0.85)
     figure.tight_layout()
     save(figure, args.out)
@@ -224,13 +236,14 @@ def features(args):
         own = np.isin(labels, shown)
         if own.sum() < 5:
             raise data.BadInput(f"{file} holds {own.sum()} videos, too few for a map")
-        values = {v: torch.from_numpy(arrays[v]) for v in ("rgb", "flow")}
+        if lacking := set(args.view.split("+")) - arrays.keys():
+            raise data.BadInput(f"{file} holds no features of {lacking.pop()}")
+        values = {v: torch.from_numpy(arrays[v]) for v in args.view.split("+")}
         x = view_matrix(values, args.view, "coclr", "average").numpy()[own]
         at = TSNE(init="pca", perplexity=min(30, (len(x) - 1) / 3), random_state=0).fit_transform(x)
         for i, c in enumerate(sorted(shown)):
-            colour = matplotlib.colormaps["tab10" if len(shown) <= 10 else "tab20"](i % 20)
-            axis.scatter(*at[labels[own] == c].T, s=16, color=colour, marker="os^Dv"[i // 20 % 5],
-                         label=header["classes"][c])
+            axis.scatter(*at[labels[own] == c].T, s=26, color=COLOURS[i % 8], marker="os^DvPX"[i % 7], linewidths=0,
+                         label=header["classes"][c])  # 56 pairs of colour and shape
         axis.set(title=f"{Path(file).parents[1].name}: {args.view}, {own.sum()} videos, centred (t-SNE)", xticks=[],
                  yticks=[])
     axes.flat[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)

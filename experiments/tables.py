@@ -17,6 +17,7 @@ queries and protocol must be the same, as plain text.
 import argparse
 import json
 import math
+import re
 import shlex
 import signal
 import statistics
@@ -44,9 +45,10 @@ def run_flags(run):
     grid = {lambda_run(a, b): ["--lambda1", str(a), "--lambda2", str(b)] for a in LAMBDAS for b in LAMBDAS}
     if run in grid:  # 200 epochs: section 4.1
         return ["--epochs", "200"], ["--method", "goca", *grid[run]]
-    special = {"goca-prior-sign-minus": ["--prior-sign", "-1"], "goca-r2plus1d18": ["--arch", "r2plus1d18"]}
-    return (["--size", "112"] if run == "goca-r2plus1d18" else []), ["--method", run.split("-")[0],
-                                                                     *special.get(run, [])]
+    special = {"prior-sign-minus": ["--prior-sign", "-1"], "r2plus1d18": ["--arch", "r2plus1d18"],
+               "trained-prototypes": ["--train-prototypes"]}
+    method, _, variant = run.partition("-")
+    return (["--size", "112"] if variant == "r2plus1d18" else []), ["--method", method, *special.get(variant, [])]
 
 
 def read_sets(path):
@@ -116,7 +118,7 @@ def read_commands(results):
 
 
 def random_prototypes(path, num, dim):
-    """The unregularised prototypes of Table 3: unit rows drawn at random, not fitted by Eq. 11."""
+    """The unregularised prototypes of Table 3, trained or not: unit rows drawn at random, not fitted by Eq. 11."""
     p = np.random.default_rng(0).standard_normal((num, dim), dtype=np.float32)
     data.save_arrays(path, "prototypes", {"num": num, "dim": dim, "seed": 0, "fitted": False},
                      prototypes=p / np.linalg.norm(p, axis=1, keepdims=True))
@@ -149,7 +151,7 @@ def run(args):
                 print(f"{name}: --sets names no data set {source}; its rows stay as not run")
                 continue
             folder, (defaults, fixed) = results / name / f"seed{seed}", run_flags(name)
-            prototypes = random if name.endswith("random-prototypes") else fitted
+            prototypes = random if name.endswith("-prototypes") else fitted
             trained = driver(["pretrain.py", *sets[source], "--prototypes", str(prototypes), "--out", str(folder),
                               *defaults, *user, *fixed, "--seed", str(seed)], folder / "checkpoint.pt",
                              folder / "pretrain.log", args.processes)
@@ -186,9 +188,14 @@ def collect(results, run_name, command, data_set):
 
 
 def ours(found, view, metric):
-    """Mean over seeds and its error: of the test set (or of k-means' runs) and, from two seeds on, between seeds."""
+    """Mean over seeds and its error: of the test set (or of k-means' runs) and, from two seeds on, between seeds.
+
+    (nan, 0) for a metric that a result lacks, as R@20 of 10 videos.
+    """
     rows = [r["results"][view] for r in found.values()]
-    values = [r[metric] for r in rows]
+    values = [r.get(metric, math.nan) for r in rows]
+    if any(map(math.isnan, values)):
+        return math.nan, 0
     error = statistics.mean(r.get(f"{metric} standard error", r.get(f"{metric} deviation", 0)) for r in rows)
     between = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
     return statistics.mean(values), math.hypot(error, between)
@@ -217,7 +224,8 @@ def cells(table, results, data_sets):
             runs = [Path(results).absolute() / row.run / f"seed{seed}" for seed in found]
             seconds = [spent[str(folder / f)] for folder in runs for f in ("checkpoint.pt",
                                                                            f"{table.command}-{name}.json")]
-            lines.append((*line, " / ".join(f"{x:.1f} ± {e:.1f}" for x, e in each), " / ".join(away) or "–",
+            shown = " / ".join("–" if math.isnan(x) else f"{x:.1f} ± {e:.1f}" for x, e in each)
+            lines.append((*line, shown, " / ".join(away) or "–",
                           ", ".join(map(str, found)), f"{sum(seconds) / 3600:.2f}",
                           f"{row.run}/seed{{{','.join(map(str, found))}}}"))
     return lines
@@ -235,12 +243,17 @@ def as_markdown(title, head, lines):
     return "\n".join([f"**{title}**", "", *(f"| {' | '.join(x)} |" for x in (head, ["---"] * len(head), *lines))])
 
 
+LATEX = {"\\": "/", "&": r"\&", "#": r"\#", "$": r"\$", "_": r"\_", "{": r"\{", "}": r"\}", "%": r"\%", "±": r"$\pm$",
+         "–": "--", "→": r"$\to$"}
+
+
+def escape(text):
+    """Text as LaTeX shows it."""
+    return re.sub("|".join(map(re.escape, LATEX)) + r"|lambda[12](?!-)", lambda m: LATEX.get(
+        m[0], rf"$\lambda_{m[0][-1]}$"), text)  # lambda1 the symbol, not lambda1-0.02 the folder
+
+
 def as_latex(title, head, lines):
-    def escape(text):
-        for a, b in (("_", r"\_"), ("{", r"\{"), ("}", r"\}"), ("%", r"\%"), ("±", r"$\pm$"), ("–", "--"),
-                     ("→", r"$\to$"), ("lambda1", r"$\lambda_1$"), ("lambda2", r"$\lambda_2$")):
-            text = text.replace(a, b)
-        return text
     body = [" & ".join(map(escape, line)) + r" \\" for line in (head, *lines)]
     return "\n".join([r"\begin{table}", rf"\caption{{{escape(title)}}}",
                       rf"\begin{{tabular}}{{l{'c' * (len(head) - 1)}}}", r"\hline", body[0],
@@ -258,7 +271,7 @@ def show_tables(args):
         if table is TABLES[2] and len(lines) == len(LAMBDAS)**2:
             parts.append(form(table.title, *lambda_grid(lines)))
         parts.append(form(f"{table.title} ({' / '.join(table.metrics)})", HEAD, lines))
-    text = "\n\n".join([*parts, note]) + "\n"
+    text = "\n\n".join([*parts, note if args.format == "markdown" else escape(note)]) + "\n"
     if args.out:
         with data.atomic(args.out) as tmp:
             tmp.write_text(text)

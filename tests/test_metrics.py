@@ -41,21 +41,29 @@ def test_recall_by_hand():
     assert r["R@10 chance"] == pytest.approx(100)
 
 
-def test_nearest_is_the_loop_over_queries_whatever_the_block(monkeypatch):
+def test_nearest_is_the_loop_over_queries_whatever_the_tile(monkeypatch):
     q, g = unit(103, 8), unit(30, 8, seed=1)
-    expected = torch.stack([(g @ x).argsort(descending=True)[:5] for x in q])
-    for block in (metrics.BLOCK, 30 * 7, 1):  # one block, blocks of 7 queries, of 1 (never none)
-        monkeypatch.setattr(metrics, "BLOCK", block)
-        assert torch.equal(metrics.nearest(q, g, 5), expected)
+    for k in (5, 30):
+        expected = torch.stack([(g @ x).argsort(descending=True)[:k] for x in q])
+        for tile in (metrics.TILE, (7, 11), (200, 4), (1, 1)):  # one tile; tiles narrower than k too
+            monkeypatch.setattr(metrics, "TILE", tile)
+            assert torch.equal(metrics.nearest(q, g, k), expected)
 
 
-def test_a_block_never_passes_its_size(monkeypatch):
+def test_similarities_held_do_not_grow_with_the_gallery(monkeypatch):
     seen = []
-    topk = torch.Tensor.topk
-    monkeypatch.setattr(torch.Tensor, "topk", lambda x, *a, **k: (seen.append(x.numel()), topk(x, *a, **k))[1])
-    monkeypatch.setattr(metrics, "BLOCK", 1000)
-    metrics.nearest(unit(50, 4), unit(240, 4), 3)
-    assert max(seen) <= 1000 and sum(seen) == 50 * 240
+    matmul = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (seen.append((len(a), b.shape[1])), matmul(a, b))[1])
+    monkeypatch.setattr(metrics, "TILE", (10, 20))
+    metrics.nearest(unit(25, 4), unit(1010, 4), 3)
+    assert sum(a * b for a, b in seen) == 25 * 1010 and max(a for a, _ in seen) == 10 and max(b for _, b in seen) < 40
+
+
+def test_equal_similarities_are_neighbours_once_each():
+    g = unit(40, 8).repeat_interleave(3, dim=0)  # every row three times
+    near = metrics.nearest(g, g, 3)
+    assert torch.equal(near.sort(dim=1).values // 3, torch.arange(120)[:, None].expand(-1, 3) // 3)
+    assert near.sort(dim=1).values.diff(dim=1).min() == 1
 
 
 def test_accuracy_by_hand():
