@@ -26,16 +26,20 @@ from torch.utils.data import Dataset, Sampler
 from stores import (  # noqa: F401  (the stages' door to the file formats)
     BOUND,
     AviReader,
+    AviWriter,
     BadInput,
     FlowStore,
+    RgbStore,
     atomic,
     command_line,
     dequantise,
     load_arrays,
     load_checkpoint,
     quantise,
+    rgb_settings,
     save_arrays,
     save_checkpoint,
+    shrink,
     write_avi,
 )
 from videos import DATASETS, VIDEO_SUFFIXES, Video, VideoSet, decode, find_videos, frames_at, read_split, scan, within  # noqa: F401
