@@ -238,7 +238,7 @@ class AviReader:
                 self._at = index[:, 2].astype(np.int64) + lists[b"movi"][0] + 8
                 self._size = index[:, 3]
                 start, _ = lists[b"hdrl"]
-                self._shape = struct.unpack_from("<II", head, start + 44)[::-1]  # avih's width and height
+                self.shape = struct.unpack_from("<II", head, start + 44)[::-1]  # (H, W), from avih
         except FileNotFoundError:
             raise
         except (OSError, ValueError, KeyError, TypeError, struct.error) as e:
@@ -251,17 +251,21 @@ class AviReader:
     def __len__(self):
         return len(self._at)
 
-    def read(self, indices):
-        """Frames `indices` -> list of uint8 [H, W], or [H, W, 3] BGR; a frame asked for twice is decoded once."""
-        planes = {}
+    def frames(self, indices):
+        """Yield frames `indices` one after the other: uint8 [H, W], or [H, W, 3] BGR."""
         with open(self.path, "rb") as f:
-            for t in sorted(set(indices)):
+            for t in indices:
                 f.seek(self._at[t])
                 jpeg = np.frombuffer(f.read(self._size[t]), np.uint8)
                 plane = cv2.imdecode(jpeg, self._flag) if len(jpeg) else None
-                if plane is None or plane.shape[:2] != self._shape:
+                if plane is None or plane.shape[:2] != self.shape:
                     raise BadInput(f"{self.path} is damaged at frame {t}; {self._cure()}")
-                planes[t] = plane
+                yield plane
+
+    def read(self, indices):
+        """Frames `indices` as a list; a frame asked for twice is decoded once."""
+        ascending = sorted(set(indices))
+        planes = dict(zip(ascending, self.frames(ascending), strict=True))
         return [planes[t] for t in indices]
 
 
