@@ -168,15 +168,19 @@ class TrainClips(Dataset):
 
     def __getitem__(self, item):
         epoch, index = item
-        rng = np.random.default_rng([self.seed, epoch, index])
-        fault = ""
-        for _ in range(100):
-            try:
-                crops = within(self.time_limit, self.videos[index].path, self._crops, self.videos[index], rng)
-                return {**crops, "index": index, "fault": fault}
-            except BadInput as e:
-                fault = fault or str(e)
+        key, fault = [self.seed, epoch, index], ""
+        for attempt in range(100):
+            # a generator an attempt: the thread of one that stalled may still draw from its own
+            rng = np.random.default_rng([*key, attempt] if attempt else key)
+            if attempt:
                 index = int(rng.integers(len(self.videos)))
+            video = self.videos[index]
+            try:
+                crops = within(self.time_limit, video.path, self._crops, video, rng)
+                return {**crops, "index": index, "fault": fault}
+            except (BadInput, OSError, cv2.error) as e:
+                why = str(e) if isinstance(e, BadInput) else f"{video.path} failed: {' '.join(str(e).split())}"
+                fault = fault or why
         raise BadInput(f"100 videos in a row can't be read; the first: {fault}")
 
     def _open(self, video):
