@@ -70,9 +70,9 @@ def fidelity(videos, plain, stored):
         a, b = (c[(0, k)]["long"]["rgb"].float() for c in (plain, stored))
         clips.append((a - b).abs().mean().item())
     decibel = 10 * np.log10(255 ** 2 / np.mean(squares))
-    print(f"store of RGB, {side} px: {sum(sizes) / frames / 1e3:.1f} kB a frame, {sum(sizes) / len(sizes) / 1e6:.2f} MB "
-          f"a video, PSNR {decibel:.1f} dB of what is stored; a clip differs from the video's by {np.mean(clips):.1f} of "
-          f"255 levels on average", file=sys.stderr)
+    print(f"store of RGB, {side} px: {sum(sizes) / frames / 1e3:.1f} kB a frame, {sum(sizes) / len(sizes) / 1e6:.2f} "
+          f"MB a video, PSNR {decibel:.1f} dB of what is stored; a clip differs from the video's by "
+          f"{np.mean(clips):.1f} of 255 levels on average", file=sys.stderr)
 
 
 def jitter(x, brightness, contrast, saturation, hue):
