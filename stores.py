@@ -1,6 +1,7 @@
 """The files that one stage hands the next: how they are written, and how they are checked when loaded.
 
 flow store     a folder: header.json (settings), one motion-JPEG .avi a video      flow.py -> pretrain.py, evaluate.py
+RGB store      likewise, the frames at training size (optional)                    flow.py --rgb -> pretrain.py
 prototypes     .npz with a JSON header (`save_arrays`)                             prototypes.py -> pretrain.py
 features       .npz likewise                                                       evaluate.py
 checkpoint     .pt of tensors and plain values (`save_checkpoint`)                 pretrain.py -> evaluate.py
@@ -14,7 +15,7 @@ import os
 import struct
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cv2
@@ -101,8 +102,11 @@ def load_arrays(path, kind, made_by):
 
 def save_checkpoint(path, state):
     """Write a dict of tensors and plain values; what stood at `path` stays whole until the new file is."""
-    with atomic(path) as tmp:
-        torch.save({"kind": "checkpoint", "version": 1, **state}, tmp)
+    with atomic(path) as tmp, open(tmp, "wb") as f:
+        try:
+            torch.save({"kind": "checkpoint", "version": 1, **state}, f)
+        except RuntimeError as e:  # torch's words for a disk that is full
+            raise (e.__context__ if isinstance(e.__context__, OSError) else e) from None
 
 
 def load_checkpoint(path):
@@ -125,11 +129,11 @@ def load_checkpoint(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The flow store: one folder, one .avi a video
+# The stores of flow and of RGB: one folder, one .avi a video
 # ---------------------------------------------------------------------------------------------------------------------
-# A frame is u over v, [2h, w], one grey JPEG: JPEG and most codecs halve the chroma, so u and v are never colours. The
-# container is plain motion-JPEG AVI, which players show and which gives any frame by one seek. OpenCV's own writer
-# garbles odd widths and its reader takes 8 times as long, hence the few lines of RIFF below.
+# A frame of flow is u over v, [2h, w], one grey JPEG: JPEG and most codecs halve the chroma, so u and v are never
+# colours. The container is plain motion-JPEG AVI, which players show and which gives any frame by one seek. OpenCV's
+# own writer garbles odd widths and its reader takes 8 times as long, hence the few lines of RIFF below.
 BOUND = 20.0  # px; flow is clipped to [-BOUND, BOUND] (paper: "pre-processed as in [12,37,80]")
 
 
@@ -143,43 +147,79 @@ def dequantise(planes):
     return (planes.astype(np.float32) - 128) * (BOUND / 127)
 
 
+def rgb_settings(short_side=190, quality=90):
+    """What decides the bytes of an RGB store -> dict for its header. 190 px: the largest frame that S3D's crops see."""
+    return {"short_side": short_side, "resize": "area to shrink; smaller frames stay as they are", "quality": quality,
+            "opencv": cv2.__version__}
+
+
+def shrink(frame, short_side):
+    """A frame as an RGB store keeps it: uint8 [H, W, 3] -> [h, w, 3] with min(h, w) = `short_side`, if that is less."""
+    h, w = frame.shape[:2]
+    scale = short_side / min(h, w)
+    if scale >= 1:
+        return frame
+    return cv2.resize(frame, (round(w * scale), round(h * scale)), interpolation=cv2.INTER_AREA)
+
+
 def _chunk(name, payload):
     return name + struct.pack("<I", len(payload)) + payload + b"\0" * (len(payload) % 2)
 
 
+class AviWriter:
+    """Collects frames as JPEGs, so that one pass over a video can fill several files; `write` makes the file."""
+
+    def __init__(self, quality=95):
+        self.quality, self.size, self.jpegs = quality, None, []
+
+    def add(self, plane):
+        """One more frame, uint8 [H, W] grey or [H, W, 3] BGR, all of one shape -> bytes that it takes."""
+        self.size = self.size or plane.shape
+        self.jpegs.append(cv2.imencode(".jpg", plane, [cv2.IMWRITE_JPEG_QUALITY, self.quality])[1].tobytes())
+        return len(self.jpegs[-1])
+
+    def write(self, path, header, fps=25):
+        """The file, with `header` (a dict) as its comment. Raises BadInput if it can't be written or is empty."""
+        if not self.jpegs:
+            raise BadInput(f"{path} would hold no frame; nothing was written")
+        (h, w), colour, n = self.size[:2], len(self.size) == 3, len(self.jpegs)
+        # AVIMAINHEADER, AVISTREAMHEADER and BITMAPINFOHEADER of the RIFF/AVI specification
+        avih = struct.pack("<14I", round(1e6 / fps), 0, 0, 0x10, n, 0, 1, 0, w, h, 0, 0, 0, 0)
+        strh = struct.pack("<4s4sIHHIIIIIIII4H", b"vids", b"MJPG", 0, 0, 0, 0, 1000, round(1000 * fps), 0, n, 0,
+                           0xFFFFFFFF, 0, 0, 0, w, h)
+        strf = struct.pack("<IiiHH4sIiiII", 40, w, h, 1, 24, b"MJPG", w * h * 3, 0, 0, 0, 0)
+        strl = b"strl" + _chunk(b"strh", strh) + _chunk(b"strf", strf)
+        about = {**header, "frames": n, **({"colour": True} if colour else {})}
+        lists = (_chunk(b"LIST", b"hdrl" + _chunk(b"avih", avih) + _chunk(b"LIST", strl))
+                 + _chunk(b"LIST", b"INFO" + _chunk(b"ICMT", json.dumps(about).encode())))
+        sizes = np.array([len(jpeg) for jpeg in self.jpegs], np.int64)
+        held = 8 + sizes + sizes % 2  # a chunk: name, size, payload, padding
+        index = np.zeros((n, 4), "<u4")
+        index[:, 0] = np.frombuffer(b"00dc", "<u4")
+        index[:, 1], index[:, 2], index[:, 3] = 0x10, 4 + np.cumsum(held) - held, sizes
+        movi, whole = 4 + int(held.sum()), 4 + len(lists) + 8 + 4 + int(held.sum()) + 8 + index.nbytes
+        if whole >= 2 ** 32:
+            raise BadInput(f"{path} would pass the 4 GB of an AVI file; cut the video into shorter ones")
+        with atomic(path) as tmp, open(tmp, "wb") as f:
+            f.write(b"RIFF" + struct.pack("<I", whole) + b"AVI " + lists + b"LIST" + struct.pack("<I", movi) + b"movi")
+            f.writelines(_chunk(b"00dc", jpeg) for jpeg in self.jpegs)
+            f.write(_chunk(b"idx1", index.tobytes()))
+
+
 def write_avi(path, planes, header, fps=25, quality=95):
-    """Write grey planes, an iterable of uint8 [H, W], as motion JPEG with `header` (a dict) as the file's comment."""
-    jpegs, size = [], None
+    """Write planes, an iterable of uint8 [H, W] grey or [H, W, 3] BGR, as motion JPEG with `header` (a dict) as the
+    file's comment; `header` is looked into after the last plane. Raises BadInput if it can't be written."""
+    writer = AviWriter(quality)
     for plane in planes:
-        if size is None:
-            size = plane.shape
-        jpegs.append(cv2.imencode(".jpg", plane, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes())
-    h, w = size
-    # AVIMAINHEADER, AVISTREAMHEADER and BITMAPINFOHEADER of the RIFF/AVI specification
-    avih = struct.pack("<14I", round(1e6 / fps), 0, 0, 0x10, len(jpegs), 0, 1, 0, w, h, 0, 0, 0, 0)
-    strh = struct.pack("<4s4sIHHIIIIIIII4H", b"vids", b"MJPG", 0, 0, 0, 0, 1000, round(1000 * fps), 0, len(jpegs), 0,
-                       0xFFFFFFFF, 0, 0, 0, w, h)
-    strf = struct.pack("<IiiHH4sIiiII", 40, w, h, 1, 24, b"MJPG", w * h * 3, 0, 0, 0, 0)
-    strl = b"strl" + _chunk(b"strh", strh) + _chunk(b"strf", strf)
-    hdrl = b"hdrl" + _chunk(b"avih", avih) + _chunk(b"LIST", strl)
-    info = b"INFO" + _chunk(b"ICMT", json.dumps({**header, "frames": len(jpegs)}).encode())
-    movi, index = [b"movi"], []
-    at = 4
-    for jpeg in jpegs:
-        index.append(struct.pack("<4sIII", b"00dc", 0x10, at, len(jpeg)))
-        movi.append(_chunk(b"00dc", jpeg))
-        at += len(movi[-1])
-    body = (b"AVI " + _chunk(b"LIST", hdrl) + _chunk(b"LIST", info) + _chunk(b"LIST", b"".join(movi))
-            + _chunk(b"idx1", b"".join(index)))
-    with atomic(path) as tmp:
-        tmp.write_bytes(_chunk(b"RIFF", body))
+        writer.add(plane)
+    writer.write(path, header, fps)
 
 
 class AviReader:
-    """Random access to a file of `write_avi`. Raises BadInput, naming the file, where it is damaged."""
+    """Random access to a file of `write_avi`. Raises BadInput, naming the file and the command, where it is damaged."""
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, command="python flow.py --videos DIR --out FLOW"):
+        self.path, self.command = path, command
         try:
             with open(path, "rb") as f:
                 head = f.read(4096)
@@ -200,45 +240,62 @@ class AviReader:
                 index = np.frombuffer(f.read(size), dtype="<u4").reshape(-1, 4)
                 self._at = index[:, 2].astype(np.int64) + lists[b"movi"][0] + 8
                 self._size = index[:, 3]
+                start, _ = lists[b"hdrl"]
+                self.shape = struct.unpack_from("<II", head, start + 44)[::-1]  # (H, W), from avih
         except FileNotFoundError:
             raise
-        except (OSError, ValueError, KeyError, struct.error) as e:
-            raise BadInput(f"{path} is damaged ({e}); remove it and run flow.py again") from e
+        except (OSError, ValueError, KeyError, TypeError, struct.error) as e:
+            raise BadInput(f"{path} is damaged ({e}); {self._cure()}") from e
+        self._flag = cv2.IMREAD_COLOR if self.header.get("colour") else cv2.IMREAD_GRAYSCALE
+
+    def _cure(self):
+        return f"remove it and run again: {self.command}"
 
     def __len__(self):
         return len(self._at)
 
+    def frames(self, indices):
+        """Yield frames `indices` one after the other: uint8 [H, W], or [H, W, 3] BGR."""
+        try:
+            with open(self.path, "rb") as f:
+                for t in indices:
+                    f.seek(self._at[t])
+                    jpeg, plane = np.frombuffer(f.read(self._size[t]), np.uint8), None
+                    with suppress(cv2.error):  # nothing there, or a size beyond all measure
+                        plane = cv2.imdecode(jpeg, self._flag)
+                    if plane is None or plane.shape[:2] != self.shape:
+                        raise BadInput(f"{self.path} is damaged at frame {t}; {self._cure()}")
+                    yield plane
+        except OSError as e:  # it was there when it was opened
+            raise BadInput(f"{self.path} can no longer be read ({e.strerror}); see whether its disk is well") from e
+
     def read(self, indices):
-        """Frames `indices` -> list of uint8 [H, W]; a frame asked for twice is decoded once."""
-        planes = {}
-        with open(self.path, "rb") as f:
-            for t in sorted(set(indices)):
-                f.seek(self._at[t])
-                plane = cv2.imdecode(np.frombuffer(f.read(self._size[t]), np.uint8), cv2.IMREAD_GRAYSCALE)
-                if plane is None:
-                    raise BadInput(f"{self.path} is damaged at frame {t}; remove it and run flow.py again")
-                planes[t] = plane
+        """Frames `indices` as a list; a frame asked for twice is decoded once."""
+        ascending = sorted(set(indices))
+        planes = dict(zip(ascending, self.frames(ascending), strict=True))
         return [planes[t] for t in indices]
 
 
-class FlowStore:
-    """The folder that flow.py fills: header.json (settings) and <video name>.avi, u over v.
+class Store:
+    """A folder with header.json (settings) and <video name>.avi. Raises BadInput, with the command that makes it, if
+    `root` holds no store of this kind and version."""
 
-    Raises BadInput if `root` is no flow store of this version.
-    """
+    KIND, VERSION, COMMAND = "", 1, ""
 
     def __init__(self, root):
         self.root = Path(root)
+        self.command = self.COMMAND.format(root=root)
         try:
             self.header = json.loads((self.root / "header.json").read_text())
-        except FileNotFoundError:
-            raise BadInput(f"{root} is no flow store (no header.json in it); make one with: "
-                           f"python flow.py --videos DIR --out {root}") from None
-        except ValueError as e:
-            raise BadInput(f"{self.root / 'header.json'} is damaged ({e}); it was written by flow.py") from e
-        if self.header.get("kind") != "flow" or self.header.get("version") != 1:
-            raise BadInput(f"{root} holds {self.header.get('kind')} version {self.header.get('version')}, but flow "
-                           f"version 1 is needed; make it with flow.py in an empty folder")
+        except (FileNotFoundError, NotADirectoryError):
+            raise BadInput(f"{root} is no {self.KIND} store (no header.json in it); make one with: "
+                           f"{self.command}") from None
+        except (OSError, ValueError) as e:
+            raise BadInput(f"{self.root / 'header.json'} is damaged ({e}); it was written by: {self.command}") from e
+        kind, version = (self.header.get(k) for k in ("kind", "version")) if isinstance(self.header, dict) else (0, 0)
+        if (kind, version) != (self.KIND, self.VERSION):
+            raise BadInput(f"{root} holds {kind} version {version}, but {self.KIND} version {self.VERSION} is needed; "
+                           f"make it in an empty folder with: {self.command}")
 
     def path(self, name):
         return self.root / f"{name}.avi"
@@ -247,8 +304,21 @@ class FlowStore:
         return self.path(name).is_file()
 
     def open(self, name):
-        """The flow of one video -> AviReader of its n-1 planes [2h, w]."""
+        """One video -> AviReader."""
         try:
-            return AviReader(self.path(name))
+            return AviReader(self.path(name), self.command)
         except FileNotFoundError:
-            raise BadInput(f"{self.root} has no flow of {name}; run flow.py again") from None
+            raise BadInput(f"{self.root} has no {self.KIND} of {name}; run again: {self.command}") from None
+
+
+class FlowStore(Store):
+    """The folder that flow.py fills; of a video of n frames the n-1 planes [2h, w], u over v."""
+
+    KIND, COMMAND = "flow", "python flow.py --videos DIR --out {root}"
+
+
+class RgbStore(Store):
+    """The folder that flow.py --rgb fills; of a video of n frames all n in BGR [h, w, 3], short side as the header says
+    (`rgb_settings`, `shrink`). Each file's header holds source, source_bytes and source_frames as that of its flow."""
+
+    KIND, COMMAND = "rgb", "python flow.py --videos DIR --out FLOW --rgb {root}"

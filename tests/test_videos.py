@@ -42,12 +42,12 @@ def test_frames_at_are_those_of_the_plain_decode(real_clips):
             (real_clips / "kinetics400" / "videos").rglob("*.mp4"))[:1]:
         plain = list(data.decode(path))
         wanted = [0, 3, 4, 17, len(plain) // 2, len(plain) - 1]
-        picked = data.frames_at(path, wanted)
+        picked = dict(data.frames_at(path, wanted))
         assert list(picked) == wanted and all(np.array_equal(picked[t], plain[t]) for t in wanted)
 
 
 def test_frames_past_the_end_are_left_out(folder):
-    assert list(data.frames_at(folder / "a" / "0.avi", [1, 2, 9])) == [1, 2]
+    assert [t for t, _ in data.frames_at(folder / "a" / "0.avi", [1, 2, 9])] == [1, 2]
 
 
 def test_a_stall_is_given_up_and_errors_pass_through():
@@ -123,19 +123,20 @@ def test_read_split_leaves_out_what_the_index_condemns(folder, tmp_path):
     assert found.faulty == ["a/1"] and [v.name for v in found.videos] == ["a/0", "a/2", "a/3", "a/4"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read a process's memory from")
 def test_index_of_a_quarter_of_a_million_loads_fast_and_small(tmp_path):
     n = 240_000
     index = videos.Index({f"class_{i % 400:03d}/{i:011d}_000000_000010": (i, i, 300, 300, "") for i in range(n)})
     index.save(tmp_path / "index.npz")
-    code = ("import resource, sys, time, videos; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-            "start = time.process_time(); index = videos.Index.load(sys.argv[1]);"
+    # the system's own account of the peak; getrusage's begins with that of the process that started this one
+    code = ("import sys, time, videos; start = time.process_time(); index = videos.Index.load(sys.argv[1]);"
             "print(len(index.entries), time.process_time() - start,"
-            "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
+            "open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "index.npz")], cwd=ROOT, capture_output=True,
                           text=True, check=True)
     entries, seconds, kilobytes = done.stdout.split()
-    print(f"240,000 entries: {seconds} s, {kilobytes} kB")
-    assert int(entries) == n and int(kilobytes) < 250_000
+    print(f"240,000 entries: {seconds} s, {kilobytes} kB with all that Python and torch take")
+    assert int(entries) == n and int(kilobytes) < 500_000
 
 
 def test_scan_by_command(folder, tmp_path, capsys):
@@ -229,5 +230,5 @@ def test_three_hundred_mutated_films_are_all_accounted_for(real_clips, tmp_path)
     assert 50 < len(good) < 300 and all(index.entries[name][4] for name in index.unusable())
     for name in good:  # what the scan counted is what the loader finds
         n = index.entries[name][2]
-        frames = data.frames_at(folder / f"{name}.avi", [0, n - 1, n])
+        frames = dict(data.frames_at(folder / f"{name}.avi", [0, n - 1, n]))
         assert list(frames) == [0, n - 1], name
