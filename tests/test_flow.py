@@ -13,9 +13,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 import data
 import flow
+import flow_extract
+import flow_info
+import flow_solvers
 import goca
 import tvl1
 
@@ -52,6 +56,11 @@ def make_set(root, n=3, frames=4, size=24):
     return root
 
 
+def extract(path, out, **settings):
+    """The flow of one video -> its header."""
+    return flow_extract.extract(flow.Job(path, out, None), flow.Settings(flow.make_settings(**settings)))
+
+
 def tree(root):
     return {str(p.relative_to(root)): p.read_bytes() for p in Path(root).rglob("*") if p.is_file()}
 
@@ -70,7 +79,7 @@ BACKENDS = ["opencv", pytest.param("goca", marks=built)]
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("u", "v"), [(2, -1), (-3, 0), (0, 2)])
 def test_translation(u, v, backend):
-    (field,) = flow.fields(moving(2, 64, 80, u, v), backend)
+    (field,) = flow_solvers.fields(moving(2, 64, 80, u, v), flow.make_settings(backend=backend))
     assert field.shape == (64, 80, 2) and field.dtype == np.float32
     inner = field[8:-8, 8:-8].reshape(-1, 2)  # what leaves the picture has no match
     assert np.abs(inner - (u, v)).mean() < 0.1
@@ -81,32 +90,29 @@ def test_defaults_are_opencvs():
     assert {name: getattr(solver, f"get{name}")() for name in flow.TVL1} == flow.TVL1
     assert not solver.getUseInitialFlow()
     assert {k: v for k, v in flow.make_settings().items() if k in flow.TVL1} == flow.TVL1
-    assert {theirs: tvl1.DEFAULTS[ours] for theirs, ours in flow.OURS.items()} | {"Gamma": 0.0} == flow.TVL1
+    assert {theirs: tvl1.DEFAULTS[ours] for theirs, ours in flow_solvers.OURS.items()} | {"Gamma": 0.0} == flow.TVL1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_params_reach_the_solver(backend):
     frames = moving(2, 48, 48, 3, 1)
-    (default,), (crude,) = flow.fields(frames, backend), flow.fields(frames, backend, WarpingsNumber=1, Epsilon=0.1)
+    (default,), (crude,) = (flow_solvers.fields(frames, flow.make_settings(backend=backend, **params))
+                            for params in ({}, {"WarpingsNumber": 1, "Epsilon": 0.1}))
     expected = cv2.optflow.DualTVL1OpticalFlow_create(warps=1, epsilon=0.1).calc(*frames, None)
     assert np.linalg.norm(crude - expected, axis=-1).mean() < 1e-3 < np.linalg.norm(crude - default, axis=-1).mean()
 
 
 def test_auto_takes_the_own_flow_where_it_is_that_of_opencv(monkeypatch):
+    choose = flow_solvers.choose_backend
     if goca._goca is not None:
-        assert flow.agrees() and flow.agrees(WarpingsNumber=1, Epsilon=0.03)
-        assert flow.choose_backend() == flow.choose_backend("goca") == "goca"
-        honest = flow.fields
-
-        def other(frames, backend, **params):
-            return (field + 0.1 * (backend == "goca") for field in honest(frames, backend, **params))
-
-        monkeypatch.setattr(flow, "fields", other)
-        assert flow.choose_backend() == "opencv" and flow.choose_backend("goca") == "goca"
+        assert choose() == choose("goca") == choose(WarpingsNumber=1, Epsilon=0.03) == "goca"
+        honest = tvl1.flow
+        monkeypatch.setattr(tvl1, "flow", lambda pairs, **params: honest(pairs, **params) + 0.1)
+        assert choose() == "opencv" and choose("goca") == "goca"
     monkeypatch.setattr(goca, "_goca", None)
-    assert flow.choose_backend() == flow.choose_backend("opencv") == "opencv"
+    assert choose() == choose("opencv") == "opencv"
     with pytest.raises(data.BadInput, match=r"--backend goca needs the extension; build it with: .*setup\.py"):
-        flow.choose_backend("goca")
+        choose("goca")
 
 
 @built
@@ -115,7 +121,7 @@ def test_backends_do_not_mix(five, tmp_path, capsys):
     stores = {}
     for backend in ("goca", "opencv"):
         assert command(five / "videos", tmp_path / backend, "--backend", backend, "--warps", "2") == 0
-        assert f"TV-L1 of {backend}" in capsys.readouterr().out
+        assert f"TV-L1 of {backend} on " in capsys.readouterr().out
         stores[backend] = data.FlowStore(tmp_path / backend)
         assert stores[backend].header["backend"] == backend and stores[backend].header["WarpingsNumber"] == 2
     steps = np.concatenate([np.abs(np.int32(stores["goca"].open(name).read(range(3)))
@@ -128,9 +134,9 @@ def test_backends_do_not_mix(five, tmp_path, capsys):
 
 def test_u_stands_over_v(tmp_path):
     film(tmp_path / "v.avi", moving(4, 48, 64, 2, -1))
-    about = flow.extract(tmp_path / "v.avi", tmp_path / "flow.avi", flow.make_settings(short_side=0))
+    about = extract(tmp_path / "v.avi", tmp_path / "flow.avi", short_side=0)
     reader = data.AviReader(tmp_path / "flow.avi")
-    assert len(reader) == 3 and reader.header == {**about, "frames": 3}
+    assert len(reader) == 3 and reader.header == {**about, "device": "cpu", "frames": 3}
     assert about == {"source": "v.avi", "source_bytes": (tmp_path / "v.avi").stat().st_size, "source_size": [64, 48],
                      "source_declared": 4, "source_frames": 4}
     for plane in reader.read([0, 1, 2]):
@@ -141,7 +147,7 @@ def test_u_stands_over_v(tmp_path):
 
 def test_a_player_shows_the_flow(tmp_path):
     film(tmp_path / "v.avi", moving(4, 48, 64, 2, -1))
-    flow.extract(tmp_path / "v.avi", tmp_path / "flow.avi", flow.make_settings(short_side=0))
+    extract(tmp_path / "v.avi", tmp_path / "flow.avi", short_side=0)
     shown = [cv2.cvtColor(f, cv2.COLOR_BGR2GRAY).astype(int) for f in data.decode(tmp_path / "flow.avi")]
     read = data.AviReader(tmp_path / "flow.avi").read([0, 1, 2])
     assert len(shown) == 3 and max(np.abs(a - b).max() for a, b in zip(shown, read, strict=True)) <= 2
@@ -151,11 +157,10 @@ def test_clipped_at_the_bound(tmp_path, monkeypatch):
     """Constant planes survive JPEG exactly, so the bytes are those of the quantiser: 128 + 127 / 20 a pixel."""
     constants = [(500.0, -500.0), (20.0, -20.0), (0.0, 10.0), (-10.0, 0.1)]
     fields = (np.full((16, 16, 2), c, np.float32) for c in constants)
-    settings = flow.make_settings(quality=100)
-    monkeypatch.setattr(flow, "fields", lambda frames, backend, **params: (
-        f for f, _ in zip(fields, frames, strict=False)))
+    monkeypatch.setattr(flow_extract, "fields", lambda frames, settings: (
+        f for f, _ in zip(fields, itertools.pairwise(frames), strict=True)))
     film(tmp_path / "v.avi", moving(5, 16, 16, 1, 1))
-    flow.extract(tmp_path / "v.avi", tmp_path / "flow.avi", settings)
+    extract(tmp_path / "v.avi", tmp_path / "flow.avi", quality=100)
     planes = data.AviReader(tmp_path / "flow.avi").read(range(4))
     assert [(p[0, 0], p[-1, -1]) for p in planes] == [(255, 1), (255, 1), (128, 192), (64, 129)]
     assert all((p[:16] == p[0, 0]).all() and (p[16:] == p[-1, -1]).all() for p in planes)
@@ -164,7 +169,7 @@ def test_clipped_at_the_bound(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("short_side", "size"), [(0, (33, 47)), (16, (16, 23)), (45, (45, 64))])
 def test_odd_sizes(tmp_path, short_side, size):
     data.write_avi(tmp_path / "v.avi", moving(2, 33, 47, 1, 0), {}, quality=100)  # OpenCV writes even sizes only
-    about = flow.extract(tmp_path / "v.avi", tmp_path / "flow.avi", flow.make_settings(short_side=short_side))
+    about = extract(tmp_path / "v.avi", tmp_path / "flow.avi", short_side=short_side)
     assert about["source_size"] == [47, 33]
     (plane,) = data.AviReader(tmp_path / "flow.avi").read([0])
     assert plane.shape == (2 * size[0], size[1])
@@ -176,7 +181,7 @@ def test_size_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "decode", lambda path: iter([np.zeros((16, 24, 3), np.uint8)] * 2
                                                           + [np.zeros((24, 16, 3), np.uint8)]))
     with pytest.raises(data.BadInput, match=r"odd\.avi changes its size from \[24, 16\] to \[16, 24\] at frame 2"):
-        flow.extract(tmp_path / "odd.avi", tmp_path / "flow.avi", flow.make_settings())
+        extract(tmp_path / "odd.avi", tmp_path / "flow.avi")
     assert not list(tmp_path.iterdir())
 
 
@@ -303,7 +308,8 @@ def test_shards_that_start_together_agree(tmp_path):
         def shard(k, root=tmp_path / str(attempt), results=results, gate=gate):
             gate.wait()
             try:
-                results.append((flow.open_store(root, settings[k % 2]).header["short_side"], k % 2 * 32))
+                store = flow.open_store(data.FlowStore, root, settings[k % 2])
+                results.append((store.header["short_side"], k % 2 * 32))
             except data.BadInput as e:
                 assert "other settings" in str(e)
 
@@ -369,7 +375,7 @@ def mixed(tmp_path_factory):
 def test_one_sentence(mixed, tmp_path, capfd, name):
     (path,) = mixed.glob(f"{name}.*")
     with pytest.raises(data.BadInput, match=BAD[name]) as caught:
-        flow.extract(path, tmp_path / "flow.avi", flow.make_settings())
+        extract(path, tmp_path / "flow.avi")
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")  # no codec adds its own
     assert not list(tmp_path.iterdir())
@@ -424,7 +430,7 @@ def test_store_cannot_be_written(five, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(data.BadInput, match=r"--out .*file can't be used as a folder"):
         command(five / "videos", tmp_path / "file")
-    flow.open_store(tmp_path / "s", flow.make_settings(short_side=0))
+    flow.open_store(data.FlowStore, tmp_path / "s", flow.make_settings(short_side=0))
     (tmp_path / "s" / "a").write_text("in the way")
     with pytest.raises(data.BadInput, match=r"v\d\.avi can't be written"):
         command(five / "videos", tmp_path / "s")
@@ -438,14 +444,15 @@ class Deadly(str):
         return os._exit, (7,)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_crash_costs_one_video(five, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "device"), [(1, None), (3, None), (2, torch.device("cpu"))])
+def test_crash_costs_one_video(five, tmp_path, workers, device):
     found = data.find_videos(five / "videos")
-    jobs = {name: (path, str(tmp_path / f"{name}.avi")) for name, path in found.items()}
+    jobs = {name: flow.Job(path, str(tmp_path / f"{name}.avi"), None) for name, path in found.items()}
     for name in ("a/v0", "a/v3"):
-        jobs[name] = Deadly("crash.avi"), jobs[name][1]
+        jobs[name] = jobs[name]._replace(path=Deadly("crash.avi"))
     progress = flow.Progress(len(jobs))
-    skipped, cut = flow.extract_all(jobs, flow.make_settings(short_side=0), workers, progress)
+    skipped, cut = flow.extract_all(jobs, flow.Settings(flow.make_settings(short_side=0)), workers, progress, 60,
+                                    device)
     assert skipped.keys() == {"a/v0", "a/v3"} and not cut and progress.videos == 5 and progress.pairs == 9
     assert all(s.startswith("crash.avi ended the process that read it (exit code 7)") for s in skipped.values())
     for name in ("v1", "v2", "v4"):
@@ -462,20 +469,21 @@ def test_progress(monkeypatch, capsys):
     clock = 100.0
     monkeypatch.setattr(flow.time, "monotonic", lambda: clock)
     progress = flow.Progress(total=10)
-    progress.pair("a", 30, 1000)
-    progress.pair("a", 30, 1000)
+    progress.add("a", 1, 30, 1000, 500)
+    progress.add("a", 1, 30, 1000, 500)
     clock = 109
     progress.show()  # too early
-    progress.pair("b", 50, 3000)
+    progress.add("b", 2, 50, 2000, 1000)
     clock = 110
-    progress.show()  # after 10 s: 3 of (30 + 50) / 2 * 10 pairs, 2 of them in these 10 s
+    progress.show()  # after 10 s: 4 of (30 + 50) / 2 * 10 pairs of 1500 bytes, 3 of them in these 10 s
     clock = 139
     progress.show()  # too early again
     progress.videos, clock = 1, 140
     progress.show()
     assert capsys.readouterr().out == (
-        "0 of 10 videos, 3 of some 400 pairs, 0.2 pairs/s, 0:33:05 left, 1 MB in the end\n"
-        "1 of 10 videos, 3 of some 400 pairs, 0.1 pairs/s, 2:12:20 left, 1 MB in the end\n")
+        "0 of 10 videos, 4 of some 400 pairs, 0.3 pairs/s, 0:22:00 left, 1 MB in the end\n"
+        "1 of 10 videos, 4 of some 400 pairs, 0.1 pairs/s, 1:28:00 left, 1 MB in the end\n")
+    assert progress.estimate(10) == (400, 400 * 1000, 400 * 500)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -511,7 +519,7 @@ def test_info_on_bad_input(five, tmp_path):
 
 def test_colours():
     """Direction is hue, stillness white."""
-    still, right, left = flow.colours(np.array([[[0, 0], [5, 0], [-5, 0]]], np.float32), 5)[0]
+    still, right, left = flow_info.colours(np.array([[[0, 0], [5, 0], [-5, 0]]], np.float32), 5)[0]
     assert list(still) == [255, 255, 255] and list(right) == [0, 0, 255] and list(left) == [255, 255, 0]
 
 
@@ -527,7 +535,7 @@ def test_real_film(dataset, real_clips, tmp_path, monkeypatch):
     decode = data.decode
     monkeypatch.setattr(data, "decode", lambda path: itertools.islice(decode(path), 3))
     for path in clips(real_clips / dataset, 3):
-        flow.extract(path, tmp_path / "flow.avi", flow.make_settings(short_side=64))
+        extract(path, tmp_path / "flow.avi", short_side=64)
         planes = data.AviReader(tmp_path / "flow.avi").read([0, 1])
         w, h = data.AviReader(tmp_path / "flow.avi").header["source_size"]
         assert planes[0].shape == (128, round(w * 64 / h))
@@ -543,11 +551,10 @@ def test_real_film(dataset, real_clips, tmp_path, monkeypatch):
 @pytest.mark.parametrize("dataset", ["ucf101", "hmdb51", "kinetics400"])
 def test_real_film_counts_what_decodes(dataset, real_clips, tmp_path, monkeypatch):
     """HMDB51's container declares a frame more than it has: the flow has one less than decode, and it is no fault."""
-    settings = flow.make_settings(short_side=16)
-    monkeypatch.setattr(flow, "fields", lambda frames, backend, **params: (
+    monkeypatch.setattr(flow_extract, "fields", lambda frames, settings: (
         np.zeros((*b.shape, 2), np.float32) for _, b in itertools.pairwise(frames)))
     for path in clips(real_clips / dataset, 2):
-        about = flow.extract(path, tmp_path / "flow.avi", settings)
+        about = extract(path, tmp_path / "flow.avi", short_side=16)
         assert len(data.AviReader(tmp_path / "flow.avi")) == sum(1 for _ in data.decode(path)) - 1
         assert flow.cut_short(path, about) is None
         if dataset == "hmdb51":
