@@ -270,7 +270,7 @@ def run(args):
 
     progress = Progress(len(jobs), args.workers)
     skipped, cut_now = extract_all(jobs, settings, args.workers, progress, *how)
-    cut |= cut_now
+    skipped, cut = dict(sorted(skipped.items())), dict(sorted((cut | cut_now).items()))
     if progress.terminal:
         print()
     print(f"{len(jobs) - len(skipped)} videos written, {progress.pairs} pairs, {progress.rate():.1f} pairs/s in "

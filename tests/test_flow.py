@@ -18,7 +18,6 @@ import torch
 import data
 import flow
 import flow_extract
-import flow_info
 import flow_solvers
 import goca
 import tvl1
@@ -484,43 +483,6 @@ def test_progress(monkeypatch, capsys):
         "0 of 10 videos, 4 of some 400 pairs, 0.3 pairs/s, 0:22:00 left, 1 MB in the end\n"
         "1 of 10 videos, 4 of some 400 pairs, 0.1 pairs/s, 1:28:00 left, 1 MB in the end\n")
     assert progress.estimate(10) == (400, 400 * 1000, 400 * 500)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# info
-# ---------------------------------------------------------------------------------------------------------------------
-def test_info(tmp_path, capsys):
-    film(tmp_path / "v" / "right.avi", moving(4, 32, 48, 3, 0))
-    command(tmp_path / "v", tmp_path / "s")
-    (tmp_path / "v" / "late.mp4").touch()
-    capsys.readouterr()
-    assert flow.main(["info", str(tmp_path / "s"), "--videos", str(tmp_path / "v"), "--video", "right",
-                      "--picture", str(tmp_path / "p.png")]) == 0
-    out = capsys.readouterr().out
-    assert f"opencv           {cv2.__version__}\n" in out and "Lambda           0.15\n" in out
-    assert "1 videos, 3 flow fields" in out and "1 of the 2 videos below" in out and "\n  late\n" in out
-    assert abs(float(out.split("mean magnitude ")[1].split()[0]) - 3) < 0.3
-    picture = cv2.imread(str(tmp_path / "p.png"))
-    assert picture.shape == (256, 8 * (48 + 48 + 32), 3)
-    b, g, r = np.median(picture[:, 8 * 48:8 * 96].reshape(-1, 3), axis=0)
-    assert r > 200 and b < 80 and g < 80  # to the right is red
-
-
-def test_info_on_bad_input(five, tmp_path):
-    with pytest.raises(data.BadInput, match="is no flow store"):
-        flow.main(["info", str(tmp_path)])
-    with pytest.raises(data.BadInput, match="has no flow of nobody"):
-        flow.main(["info", str(five / "store"), "--video", "nobody", "--picture", str(tmp_path / "p.png")])
-    with pytest.raises(data.BadInput, match="go together"):
-        flow.main(["info", str(five / "store"), "--video", "a/v0"])
-    with pytest.raises(data.BadInput, match="ends as a picture does"):
-        flow.main(["info", str(five / "store"), "--video", "a/v0", "--picture", "p.txt"])
-
-
-def test_colours():
-    """Direction is hue, stillness white."""
-    still, right, left = flow_info.colours(np.array([[[0, 0], [5, 0], [-5, 0]]], np.float32), 5)[0]
-    assert list(still) == [255, 255, 255] and list(right) == [0, 0, 255] and list(left) == [255, 255, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
