@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from test_tvl1 import LIKE, SAME
 
 import data
 import flow
@@ -98,7 +99,8 @@ def test_params_reach_the_solver(backend):
     (default,), (crude,) = (flow_solvers.fields(frames, flow.make_settings(backend=backend, **params))
                             for params in ({}, {"WarpingsNumber": 1, "Epsilon": 0.1}))
     expected = cv2.optflow.DualTVL1OpticalFlow_create(warps=1, epsilon=0.1).calc(*frames, None)
-    assert np.linalg.norm(crude - expected, axis=-1).mean() < 1e-3 < np.linalg.norm(crude - default, axis=-1).mean()
+    assert np.linalg.norm(crude - expected, axis=-1).mean() < SAME
+    assert np.linalg.norm(crude - default, axis=-1).mean() > 2 * SAME, "degenerate: defaults would pass"
 
 
 def test_auto_takes_the_own_flow_where_it_is_that_of_opencv(monkeypatch):
@@ -107,7 +109,9 @@ def test_auto_takes_the_own_flow_where_it_is_that_of_opencv(monkeypatch):
         assert choose() == choose("goca") == choose(WarpingsNumber=1, Epsilon=0.03) == "goca"
         honest = tvl1.flow
         monkeypatch.setattr(tvl1, "flow", lambda pairs, **params: honest(pairs, **params) + 0.1)
+        flow_solvers.backends_agree.cache_clear()
         assert choose() == "opencv" and choose("goca") == "goca"
+        flow_solvers.backends_agree.cache_clear()
     monkeypatch.setattr(goca, "_goca", None)
     assert choose() == choose("opencv") == "opencv"
     with pytest.raises(data.BadInput, match=r"--backend goca needs the extension; build it with: .*setup\.py"):
@@ -507,7 +511,7 @@ def test_real_film(dataset, real_clips, tmp_path, monkeypatch):
         for plane, pair in zip(planes, itertools.pairwise(greys), strict=True):
             expected = np.clip(solver.calc(*pair, None), -20, 20)
             stored = np.stack(np.split(data.dequantise(plane), 2), axis=-1)
-            assert np.abs(stored - expected).mean() < 0.06  # quantiser 0.039, JPEG the rest
+            assert np.abs(stored - expected).mean() < 0.04 + LIKE  # quantiser 0.039, JPEG the rest
 
 
 @pytest.mark.parametrize("dataset", ["ucf101", "hmdb51", "kinetics400"])
