@@ -1,21 +1,24 @@
 """Videos in, clips out: clip sampling and augmentation (paper section 4).
 
 In   videos (videos.py finds them by the data sets' official lists) and the optical flow that flow.py wrote (the flow
-     store; its format is in stores.py).
+     store; its format is in stores.py), perhaps its store of RGB too, which is then read in place of the videos.
 Out  training: for each video the clips of both views, "2 long + 4 short" (multi-temporal-resolution, section 4), RGB
      and flow of one clip cut from the same frames, the same place and with the same flip.
      testing: 3 spatial x 10 temporal views, or sliding windows, without augmentation.
 
-Workers decode, cut and resize on uint8 (`TrainClips`, `TestClips`); flip, colour and blur run on whole batches of
-tensors on the training device (`augment`). Everything random follows from (seed, epoch, index of the video) alone.
+Workers decode, cut and resize on uint8, one frame after the other while it is in the cache (`TrainClips`, `TestClips`);
+flip, colour and blur run on whole batches of tensors on the training device (`augment`). Everything random follows from
+(seed, epoch, index of the video) alone.
 
 Conventions. A video of n decoded frames has n-1 flow frames (flow t moves frame t to frame t+1), so a clip draws its
 frames from the first n-1. A video shorter than a clip is repeated from its start. Declared frame counts are not used.
 """
 
+import ctypes
 import math
 import signal
-from collections import Counter
+from collections import Counter, defaultdict
+from contextlib import suppress
 from typing import NamedTuple
 
 import cv2
@@ -67,21 +70,37 @@ def cut(frame, box, size):
     return cv2.resize(frame[y:y + side, x:x + side], (size, size), interpolation=how)
 
 
-def read_frames(video, store, frames_of):
-    """The frames of both views that some clips need, in one pass over the video.
+def open_views(video, store, rgb=None):
+    """The stores' files of a video -> (AviReader of its flow, AviReader of its RGB or None without such a store).
 
-    frames_of(n) -> list of index lists, from the number of usable frames n. -> (index lists, rgb {t: [H, W, 3] BGR},
-    flow {t: [2h, w], u over v}), uint8. Raises BadInput, naming the file, if video or flow can't be read or do not
-    match.
+    Raises BadInput, naming the file, if one is missing or damaged, or the two are not of the same film.
     """
-    reader = store.open(video.name)
-    indices = frames_of(len(reader))
-    wanted = sorted({t for clip in indices for t in clip})
-    rgb = frames_at(video.path, wanted)
-    if len(rgb) < len(wanted):
-        raise BadInput(f"{video.path} has fewer frames than its flow in {store.root}; has it changed? Remove "
-                       f"{store.path(video.name)} and run flow.py again")
-    return indices, rgb, dict(zip(wanted, reader.read(wanted), strict=True))
+    flow = store.open(video.name)
+    if rgb is None:
+        return flow, None
+    frames = rgb.open(video.name)
+    size, size_then = (reader.header.get("source_bytes") for reader in (frames, flow))
+    if (len(frames), size) != (len(flow) + 1, size_then):
+        raise BadInput(f"{frames.path} holds {len(frames)} frames of a video of {size} bytes, but {flow.path} is the "
+                       f"flow of {len(flow) + 1} frames of one of {size_then} bytes; remove both and run again: "
+                       f"{frames.command}")
+    return flow, frames
+
+
+def read_frames(video, flow, wanted, rgb=None):
+    """Yield (t, RGB uint8 [H, W, 3] BGR, flow uint8 [2h, w], u over v) for each t of `wanted` (ascending), in one pass.
+
+    flow, rgb: of `open_views`; without rgb the video is decoded. Raises BadInput, naming the file, if one can't be read
+    or the video ends before its flow.
+    """
+    source = frames_at(video.path, wanted) if rgb is None else zip(wanted, rgb.frames(wanted), strict=True)
+    last = None
+    for (t, frame), planes in zip(source, flow.frames(wanted), strict=False):
+        yield t, frame, planes
+        last = t
+    if last != wanted[-1]:
+        raise BadInput(f"{video.path} has fewer frames than its flow {flow.path}; has it changed? Remove the flow "
+                       f"and run again: {flow.command}")
 
 
 def clip_indices(start, frames, stride, n):
@@ -89,18 +108,25 @@ def clip_indices(start, frames, stride, n):
     return [(start + stride * i) % n for i in range(frames)]
 
 
-def cut_clips(rgb, flow, clips, size):
-    """Cut clips of one length out of what `read_frames` gave -> {"rgb": [v, T, S, S, 3], "flow": [v, T, S, S, 2]}.
+def cut_clips(frames, groups, size):
+    """Cut clips out of frames as they come -> {group: {"rgb": uint8 [v, T, S, S, 3], "flow": uint8 [v, T, S, S, 2]}}.
 
-    clips: [(frame indices, Box)]. Colour order and u, v are sorted after the cut, where frames are small.
+    frames: of `read_frames`. groups: {group: [(frame indices, Box), ...]}, the clips of a group of one length. Colour
+    order and u, v are sorted after the cut, where frames are small.
     """
-    shape = len(clips), len(clips[0][0]), size, size
-    out = {"rgb": np.empty((*shape, 3), np.uint8), "flow": np.empty((*shape, 2), np.uint8)}
-    for k, (indices, box) in enumerate(clips):
-        for i, t in enumerate(indices):
-            cv2.cvtColor(cut(rgb[t], box, size), cv2.COLOR_BGR2RGB, dst=out["rgb"][k, i])
-            cv2.merge([cut(plane, box, size) for plane in np.split(flow[t], 2)], dst=out["flow"][k, i])
-    return {view: torch.from_numpy(x) for view, x in out.items()}
+    out, uses = {}, defaultdict(list)
+    for group, clips in groups.items():
+        shape = len(clips), len(clips[0][0]), size, size
+        out[group] = {"rgb": np.empty((*shape, 3), np.uint8), "flow": np.empty((*shape, 2), np.uint8)}
+        for k, (indices, box) in enumerate(clips):
+            for i, t in enumerate(indices):
+                uses[t].append((box, out[group]["rgb"][k, i], out[group]["flow"][k, i]))
+    for t, frame, planes in frames:
+        h = len(planes) // 2
+        for box, rgb, flow in uses[t]:
+            cv2.cvtColor(cut(frame, box, size), cv2.COLOR_BGR2RGB, dst=rgb)
+            cv2.merge([cut(planes[:h], box, size), cut(planes[h:], box, size)], dst=flow)
+    return {group: {view: torch.from_numpy(x) for view, x in views.items()} for group, views in out.items()}
 
 
 class TrainClips(Dataset):
@@ -113,6 +139,7 @@ class TrainClips(Dataset):
     scale: the short side to which a frame is resized before the size x size crop, over size, drawn uniformly from this
     range (136-190 over 128 for S3D; 128-160 over 112 for R(2+1)D-18).
     cache: keep every decoded video in memory, for small data sets (3 + 2 bytes a pixel and frame).
+    rgb: an RgbStore, to read in place of the videos; the clips are the same but for its JPEGs.
     A video that can't be read, or takes more than `time_limit` seconds, is replaced by another, drawn from the same
     seed; `fault` says which and why.
     """
@@ -120,8 +147,8 @@ class TrainClips(Dataset):
     JITTER, P_JITTER, P_GREY, P_BLUR = (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, 0.5
 
     def __init__(self, videos, store, *, frames=32, short_frames=16, n_long=2, n_short=4, size=128, stride=1,
-                 scale=(136 / 128, 190 / 128), seed=0, cache=False, time_limit=60):
-        self.videos, self.store, self.size = videos, store, size
+                 scale=(136 / 128, 190 / 128), seed=0, cache=False, time_limit=60, rgb=None):
+        self.videos, self.store, self.rgb, self.size = videos, store, rgb, size
         self.stride, self.scale, self.seed, self.time_limit = stride, scale, seed, time_limit
         self.lengths = {"long": [frames] * n_long, "short": [short_frames] * n_short}
         self.cache = {} if cache else None
@@ -141,40 +168,44 @@ class TrainClips(Dataset):
 
     def __getitem__(self, item):
         epoch, index = item
-        rng = np.random.default_rng([self.seed, epoch, index])
-        fault = ""
-        for _ in range(100):
-            try:
-                crops = within(self.time_limit, self.videos[index].path, self._crops, self.videos[index], rng)
-                return {**crops, "index": index, "fault": fault}
-            except BadInput as e:
-                fault = fault or str(e)
+        key, fault = [self.seed, epoch, index], ""
+        for attempt in range(100):
+            # a generator an attempt: the thread of one that stalled may still draw from its own
+            rng = np.random.default_rng([*key, attempt] if attempt else key)
+            if attempt:
                 index = int(rng.integers(len(self.videos)))
+            video = self.videos[index]
+            try:
+                crops = within(self.time_limit, video.path, self._crops, video, rng)
+                return {**crops, "index": index, "fault": fault}
+            except (BadInput, OSError, cv2.error) as e:
+                why = str(e) if isinstance(e, BadInput) else f"{video.path} failed: {' '.join(str(e).split())}"
+                fault = fault or why
         raise BadInput(f"100 videos in a row can't be read; the first: {fault}")
 
+    def _open(self, video):
+        """-> (usable frames of a video, function of their ascending indices that yields as `read_frames`)."""
+        if self.cache is not None and video.name in self.cache:
+            held = self.cache[video.name]
+            return len(held), lambda wanted: (held[t] for t in wanted)
+        flow, rgb = open_views(video, self.store, self.rgb)
+        if self.cache is not None:
+            self.cache[video.name] = list(read_frames(video, flow, range(len(flow)), rgb))
+            return self._open(video)
+        return len(flow), lambda wanted: read_frames(video, flow, wanted, rgb)
+
     def _crops(self, video, rng):
-        lengths = self.lengths["long"] + self.lengths["short"]
-
-        def draw(n):
+        n, frames = self._open(video)
+        clips = {}
+        for group, lengths in self.lengths.items():
             starts = [int(rng.integers(max(1, n - self.stride * (t - 1)))) for t in lengths]
-            return [clip_indices(s, t, self.stride, n) for s, t in zip(starts, lengths, strict=True)]
-
-        if self.cache is None:
-            indices, rgb, flow = read_frames(video, self.store, draw)
-        else:
-            if video.name not in self.cache:
-                self.cache[video.name] = read_frames(video, self.store, lambda n: [range(n)])[1:]
-            rgb, flow = self.cache[video.name]
-            indices = draw(len(flow))
-        out, at = {}, 0
-        for kind, group in self.lengths.items():
-            drawn = [self._params(rng) for _ in group]
-            clips = list(zip(indices[at:at + len(group)], (box for box, _ in drawn), strict=True))
-            at += len(group)
-            if group:
-                out[kind] = {**cut_clips(rgb, flow, clips, self.size),
-                             "params": torch.tensor([p for _, p in drawn], dtype=torch.float32)}
-        return out
+            clips[group] = [clip_indices(start, t, self.stride, n) for start, t in zip(starts, lengths, strict=True)]
+        drawn = {group: [self._params(rng) for _ in lengths] for group, lengths in self.lengths.items()}
+        boxed = {group: [(indices, box) for indices, (box, _) in zip(clips[group], drawn[group], strict=True)]
+                 for group in clips if clips[group]}
+        wanted = sorted({t for group in boxed.values() for indices, _ in group for t in indices})
+        return {group: {**views, "params": torch.tensor([p for _, p in drawn[group]], dtype=torch.float32)}
+                for group, views in cut_clips(frames(wanted), boxed, self.size).items()}
 
 
 class TestClips(Dataset):
@@ -201,22 +232,34 @@ class TestClips(Dataset):
         return list(range(0, room + 1, 15))
 
     def __getitem__(self, index):
+        video = self.videos[index]
         try:
-            clips, rgb, flow = read_frames(self.videos[index], self.store, lambda n: [
-                clip_indices(s, self.frames, self.stride, n) for s in self.starts(n)])
+            flow, _ = open_views(video, self.store)
+            clips = [clip_indices(start, self.frames, self.stride, len(flow)) for start in self.starts(len(flow))]
+            h, w = flow.shape  # of u over v; a square frame has one place
+            places = (0, 0.5, 1) if self.protocol == "goca" and h != 2 * w else (0.5,)
+            count = Counter((tuple(i), place) for i in clips for place in places)
+            views = [(i, Box(1, place, place)) for i, place in count]
+            wanted = sorted({t for clip in clips for t in clip})
+            cut = cut_clips(read_frames(video, flow, wanted), {"views": views}, self.size)["views"]
         except BadInput as e:
             return {"index": index, "fault": str(e)}
-        h, w = next(iter(rgb.values())).shape[:2]
-        places = (0, 0.5, 1) if self.protocol == "goca" and h != w else (0.5,)  # a square frame has one place
-        count = Counter((tuple(i), place) for i in clips for place in places)
-        views = [(i, Box(1, place, place)) for i, place in count]
-        return {**cut_clips(rgb, flow, views, self.size),
-                "weight": torch.tensor([n / sum(count.values()) for n in count.values()]), "index": index}
+        return {**cut, "weight": torch.tensor([n / sum(count.values()) for n in count.values()]), "index": index}
+
+
+def keep_memory():
+    """Let the C library keep what is freed, where it is glibc: handed back and faulted in anew each time, its pages
+    cost a third of the loader's time, and 18 % of a small network's on a CPU."""
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large array
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def start_worker(worker):
     """worker_init_fn of a DataLoader: the processes are the parallelism, and they end when the main process says so."""
     cv2.setNumThreads(1)
+    keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process still wants its step's data
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -310,6 +353,48 @@ def normalise_flow(x):
     return (x.float() - 128).div_(127).movedim(-1, -4)
 
 
+def _augment_in_torch(clips, out):
+    """`augment` on whole batches: clips {"rgb": uint8 [B, T, S, S, 3], "flow": [B, T, S, S, 2], "params": [B, 6]} into
+    out {"rgb": [B, 3, T, S, S], "flow": [B, 2, T, S, S]}."""
+    params = clips["params"]
+    flip = params[:, 0].view(-1, 1, 1, 1, 1) > 0
+    # colours and u, v as planes [B, C, T, S, S], still 8 bit: contiguous rows for all that follows
+    rgb, flow = (clips[view].movedim(-1, 1).contiguous() for view in ("rgb", "flow"))
+    rgb, flow = (torch.where(flip, x.flip(-1), x) for x in (rgb, flow))
+    out["rgb"].copy_(normalise_rgb(colour(rgb.float().div_(255), params).movedim(1, -1)))
+    out["flow"].copy_(normalise_flow(flow.movedim(1, -1)))
+    out["flow"][:, 0] *= 1 - 2 * flip[:, 0].float()
+
+
+# what becomes of each of the 256 levels, [1, 256, C]; of u mirrored, its negative
+RGB_TABLE = ((np.arange(256)[None, :, None] / 255 - MEAN) / STD).astype(np.float32)
+FLOW_TABLE = np.repeat((np.arange(256, dtype=np.float32)[None, :, None] - 128) / 127, 2, axis=2)
+FLOW_TABLES = {False: FLOW_TABLE, True: FLOW_TABLE * np.float32([-1, 1])}
+
+
+def _augment_in_8_bits(clips, out):
+    """The same on a CPU, several times as fast: OpenCV's vector units on 8 bits and a table for the last step.
+
+    Blur and the colours' matrix commute (both are linear, a blur's weights sum to 1), so blur comes first. Both round
+    to whole levels of 255: half a level from the other on average, three at most.
+    """
+    params = clips["params"]
+    size, contrast = clips["rgb"].shape[-2], params[:, 2].numpy()
+    matrices = _colour_matrices(params).numpy()
+    for k, (flip, *_, sigma) in enumerate(params.tolist()):
+        rgb, flow = (clips[view][k].flatten(0, 1).numpy() for view in ("rgb", "flow"))  # [T S, S, C], one tall picture
+        if flip:
+            rgb, flow = cv2.flip(rgb, 1), cv2.flip(flow, 1)
+        mean = np.dot(GREY, matrices[k] @ cv2.mean(rgb)[:3])
+        if sigma:
+            rgb = np.stack([cv2.GaussianBlur(frame, (0, 0), sigma, borderType=cv2.BORDER_REFLECT_101)
+                            for frame in rgb.reshape(-1, size, size, 3)]).reshape(rgb.shape)
+        shift = np.full((3, 1), (1 - contrast[k]) * mean)
+        rgb = cv2.transform(rgb, np.hstack([contrast[k] * matrices[k], shift]))
+        cv2.LUT(rgb, RGB_TABLE, dst=out["rgb"][k].movedim(0, -1).flatten(0, 1).numpy())
+        cv2.LUT(flow, FLOW_TABLES[flip > 0], dst=out["flow"][k].movedim(0, -1).flatten(0, 1).numpy())
+
+
 def augment(batch, device):
     """A collated batch of TrainClips -> the clips that model.TwoView takes, on `device`.
 
@@ -320,19 +405,9 @@ def augment(batch, device):
     for kind in ("long", "short"):
         if kind not in batch:
             continue
-        c = {k: t.to(device, non_blocking=True).flatten(0, 1) for k, t in batch[kind].items()}
-        clips = {view: torch.empty(c[view].movedim(-1, 1).shape, device=device, memory_format=torch.channels_last_3d)
-                 for view in ("rgb", "flow")}
-        at_once = len(c["params"]) if c["params"].is_cuda else 1  # one clip stays in a CPU's cache
-        for i in range(0, len(c["params"]), at_once):
-            part = slice(i, i + at_once)
-            params = c["params"][part]
-            flip = params[:, 0].view(-1, 1, 1, 1, 1) > 0
-            # colours and u, v as planes [B, C, T, S, S], still 8 bit: contiguous rows for all that follows
-            rgb, flow = (c[view][part].movedim(-1, 1).contiguous() for view in ("rgb", "flow"))
-            rgb, flow = (torch.where(flip, x.flip(-1), x) for x in (rgb, flow))
-            clips["rgb"][part] = normalise_rgb(colour(rgb.float().div_(255), params).movedim(1, -1))
-            clips["flow"][part] = normalise_flow(flow.movedim(1, -1))
-            clips["flow"][part, 0] *= 1 - 2 * flip[:, 0].float()
-        out.append({view: x.unflatten(0, batch[kind][view].shape[:2]) for view, x in clips.items()})
+        clips = {k: t.to(device, non_blocking=True).flatten(0, 1) for k, t in batch[kind].items()}
+        made = {view: torch.empty(clips[view].movedim(-1, 1).shape, device=device, memory_format=torch.channels_last_3d)
+                for view in ("rgb", "flow")}
+        (_augment_in_8_bits if clips["rgb"].device.type == "cpu" else _augment_in_torch)(clips, made)
+        out.append({view: x.unflatten(0, batch[kind][view].shape[:2]) for view, x in made.items()})
     return out

@@ -43,7 +43,7 @@ from training import (
 )
 
 # settings that may change on resume
-FREE = {"device", "workers", "cache", "log_every", "save_every", "videos", "splits", "flow", "prototypes", "out",
+FREE = {"device", "workers", "cache", "log_every", "save_every", "videos", "splits", "flow", "rgb", "prototypes", "out",
         "index", "time_limit", "max_faults", "keep", "plan", "compile", "recompute"}
 
 
@@ -186,15 +186,16 @@ def train(s):
     out = Path(s.out)
 
     # --- data -------------------------------------------------------------------------------------------------------
-    store = data.FlowStore(s.flow)
+    store, rgb = data.FlowStore(s.flow), data.RgbStore(s.rgb) if s.rgb else None
     found = data.read_split(s.dataset, s.videos, s.splits, s.split, "train", s.index)
-    videos = [v for v in found.videos if v.name in store]
+    videos = [v for v in found.videos if v.name in store and (rgb is None or v.name in rgb)]
     if not videos:
-        raise data.BadInput(f"{s.flow} holds the flow of none of the {len(found.videos)} videos below {s.videos}; "
-                            f"run: python flow.py --videos {s.videos} --out {s.flow}")
+        raise data.BadInput(f"none of the {len(found.videos)} videos below {s.videos} is in {s.flow}"
+                            f"{f' and {s.rgb}' if rgb else ''}; run: python flow.py --videos {s.videos} --out {s.flow}"
+                            f"{f' --rgb {s.rgb}' if rgb else ''}")
     clips = data.TrainClips(videos, store, frames=s.frames, short_frames=s.short_frames, n_short=s.short_crops,
                             size=s.size, stride=s.stride, scale=tuple(s.scale), seed=s.seed, cache=s.cache,
-                            time_limit=s.time_limit)
+                            time_limit=s.time_limit, rgb=rgb)
 
     # --- network ----------------------------------------------------------------------------------------------------
     _, arrays = data.load_arrays(s.prototypes, "prototypes", f"python prototypes.py --out {s.prototypes}")
@@ -210,6 +211,7 @@ def train(s):
     step = resume(out, settings, core, optimizer, say)
     batches = data.Batches(len(videos), s.batch_size, s.epochs, s.seed, rank, world, start=step)
     per_epoch, total = batches.steps_per_epoch, batches.steps_per_epoch * s.epochs
+    # one pass over the batches of all epochs: the workers live as long as the run, each two batches ahead
     loader = DataLoader(clips, batch_sampler=batches, num_workers=s.workers, pin_memory=device.type == "cuda",
                         worker_init_fn=data.start_worker)
     net = core
@@ -224,8 +226,8 @@ def train(s):
     n = len(core.prototypes)
     operator = "compiled" if goca._compiled("auto", device) else "PyTorch reference"
     say(f"{s.method}: {len(videos)} videos ({len(found.absent)} listed but absent, {len(found.faulty)} that do not "
-        f"decode, {len(found.videos) - len(videos)} without flow); both views of 2 crops of {s.frames} and "
-        f"{s.short_crops} of {s.short_frames} frames, {s.size} px\n"
+        f"decode, {len(found.videos) - len(videos)} without flow{' or RGB' if rgb else ''}); both views of "
+        f"2 crops of {s.frames} and {s.short_crops} of {s.short_frames} frames, {s.size} px\n"
         f"{s.arch}, width {s.width:g}, {sum(p.numel() for p in core.parameters()) / 1e6:.2f} M parameters, "
         f"{'bfloat16, assignment and loss float32' if device.type == 'cuda' else 'float32'} on {world} x {device}; "
         f"assignment and loss: {operator}\n"
@@ -299,6 +301,7 @@ def arguments(argv=None):
     g.add_argument("--splits", help="folder of the data set's official lists")
     g.add_argument("--split", type=int, default=1, choices=(1, 2, 3), help="UCF101 and HMDB51")
     g.add_argument("--flow", required=True, help="flow store of flow.py")
+    g.add_argument("--rgb", help="RGB store of flow.py --rgb, read in place of the videos")
     g.add_argument("--prototypes", required=True, help="file of prototypes.py")
     g.add_argument("--out", required=True, help="folder of the run; an interrupted run there is continued")
     g = p.add_argument_group("method")

@@ -102,8 +102,11 @@ def load_arrays(path, kind, made_by):
 
 def save_checkpoint(path, state):
     """Write a dict of tensors and plain values; what stood at `path` stays whole until the new file is."""
-    with atomic(path) as tmp:
-        torch.save({"kind": "checkpoint", "version": 1, **state}, tmp)
+    with atomic(path) as tmp, open(tmp, "wb") as f:
+        try:
+            torch.save({"kind": "checkpoint", "version": 1, **state}, f)
+        except RuntimeError as e:  # torch's words for a disk that is full
+            raise (e.__context__ if isinstance(e.__context__, OSError) else e) from None
 
 
 def load_checkpoint(path):
@@ -238,7 +241,7 @@ class AviReader:
                 self._at = index[:, 2].astype(np.int64) + lists[b"movi"][0] + 8
                 self._size = index[:, 3]
                 start, _ = lists[b"hdrl"]
-                self._shape = struct.unpack_from("<II", head, start + 44)[::-1]  # avih's width and height
+                self.shape = struct.unpack_from("<II", head, start + 44)[::-1]  # (H, W), from avih
         except FileNotFoundError:
             raise
         except (OSError, ValueError, KeyError, TypeError, struct.error) as e:
@@ -251,17 +254,24 @@ class AviReader:
     def __len__(self):
         return len(self._at)
 
+    def frames(self, indices):
+        """Yield frames `indices` one after the other: uint8 [H, W], or [H, W, 3] BGR."""
+        try:
+            with open(self.path, "rb") as f:
+                for t in indices:
+                    f.seek(self._at[t])
+                    jpeg = np.frombuffer(f.read(self._size[t]), np.uint8)
+                    plane = cv2.imdecode(jpeg, self._flag) if len(jpeg) else None
+                    if plane is None or plane.shape[:2] != self.shape:
+                        raise BadInput(f"{self.path} is damaged at frame {t}; {self._cure()}")
+                    yield plane
+        except OSError as e:  # it was there when it was opened
+            raise BadInput(f"{self.path} can no longer be read ({e.strerror}); see whether its disk is well") from e
+
     def read(self, indices):
-        """Frames `indices` -> list of uint8 [H, W], or [H, W, 3] BGR; a frame asked for twice is decoded once."""
-        planes = {}
-        with open(self.path, "rb") as f:
-            for t in sorted(set(indices)):
-                f.seek(self._at[t])
-                jpeg = np.frombuffer(f.read(self._size[t]), np.uint8)
-                plane = cv2.imdecode(jpeg, self._flag) if len(jpeg) else None
-                if plane is None or plane.shape[:2] != self._shape:
-                    raise BadInput(f"{self.path} is damaged at frame {t}; {self._cure()}")
-                planes[t] = plane
+        """Frames `indices` as a list; a frame asked for twice is decoded once."""
+        ascending = sorted(set(indices))
+        planes = dict(zip(ascending, self.frames(ascending), strict=True))
         return [planes[t] for t in indices]
 
 

@@ -3,7 +3,6 @@
 Used by pretrain.py and evaluate.py; the method is not here.
 """
 
-import ctypes
 import json
 import math
 import os
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -116,15 +114,6 @@ def synchronise_batch_norm(net, device):
     return net
 
 
-def keep_memory():
-    """Let the C library keep what torch frees, where it is glibc: handed back and faulted in anew at every step, the
-    pages of a small network cost 18 % of its time on a CPU."""
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
 def start_processes(s):
     """Join the process group if torchrun started us -> (device, rank, world)."""
     kind = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -133,7 +122,7 @@ def start_processes(s):
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cpu":
-        keep_memory()
+        data.keep_memory()
     if kind == "cuda":
         torch.cuda.set_device(device)
     world = int(os.environ.get("WORLD_SIZE", 1))

@@ -65,9 +65,9 @@ def decode(path):
 
 
 def frames_at(path, wanted):
-    """Frames `wanted` (ascending) of a video in one sequential pass -> {t: uint8 [H, W, 3] BGR}, without those that do
-    not decode. Frames between are decoded but not converted. Raises BadInput as `decode`."""
-    video, frames, need = _open(path), {}, set(wanted)
+    """Yield (t, uint8 [H, W, 3] BGR) for the frames `wanted` (ascending) of a video, as far as they decode, in one
+    sequential pass. Frames between are decoded but not converted. Raises BadInput as `decode`."""
+    video, need, some = _open(path), set(wanted), False
     for t in range(wanted[-1] + 1):
         if not video.grab():
             break
@@ -75,10 +75,11 @@ def frames_at(path, wanted):
             ok, frame = video.retrieve()
             if not ok:
                 break
-            frames[t] = frame
-    if not frames:
+            some = True
+            yield t, frame
+    video.release()
+    if not some:
         raise BadInput(f"{path} holds no frame that OpenCV can decode; is it a video?")
-    return frames
 
 
 def within(seconds, path, function, *args):

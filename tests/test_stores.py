@@ -2,6 +2,9 @@
 
 import json
 import re
+import resource
+import signal
+import subprocess
 
 import cv2
 import numpy as np
@@ -164,3 +167,68 @@ def test_a_frame_of_another_size_is_damage(tmp_path):
     assert reader.read([1])[0].shape == (16, 8)
     with pytest.raises(data.BadInput, match=r"x\.avi is damaged at frame 0"):
         reader.read([0])
+
+
+# --- outputs that can't be written -----------------------------------------------------------------------------------
+WRITERS = {
+    "x.npz": lambda path, seed: data.save_arrays(path, "features", {}, x=np.random.default_rng(seed).random(99_999)),
+    "x.pt": lambda path, seed: data.save_checkpoint(path, {"x": torch.full((99_999,), seed), "step": seed}),
+    "x.avi": lambda path, seed: data.write_avi(path, noise(seed), {"seed": seed}),
+    "x.txt": lambda path, seed: write_text(path, f"{seed}" * 700_000),
+}
+
+
+def noise(seed):
+    return np.random.default_rng(seed).integers(0, 256, (9, 300, 300), np.uint8)
+
+
+def write_text(path, text):
+    with data.atomic(path) as tmp:
+        tmp.write_text(text)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 1 MB in memory, or a skip where none may be mounted."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def refused(name, place, words):
+    """The writer gives one sentence, and leaves what was there."""
+    path = place / name
+    before = path.read_bytes()
+    with pytest.raises(data.BadInput, match=words) as e:
+        WRITERS[name](path, 2)
+    assert str(path) in str(e.value) and "\n" not in str(e.value)
+    assert path.read_bytes() == before and [p.name for p in place.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_a_sentence_and_what_was_there_stays(tiny_disk, name):
+    WRITERS[name](tiny_disk / name, 1)  # 400 to 800 kB, of which two do not fit
+    refused(name, tiny_disk, "could not be written .No space left on device.; what stood there before is untouched")
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_read_only_folder_is_a_sentence_and_what_was_there_stays(tiny_disk, name):
+    WRITERS[name](tiny_disk / name, 1)
+    subprocess.run(["mount", "-o", "remount,ro", tiny_disk], check=True)
+    refused(name, tiny_disk, "can't be written .Read-only file system.; choose a folder that can")
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_quota_is_a_sentence_and_what_was_there_stays(tmp_path, name):
+    """As a full disk, where none may be mounted: the system refuses files beyond 100 kB."""
+    WRITERS[name](tmp_path / name, 1)
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        refused(name, tmp_path, "could not be written .File too large.; what stood there before is untouched")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
