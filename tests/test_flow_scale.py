@@ -1,17 +1,13 @@
 """Stage 1 on many videos: batches on a device, RGB from the same pass, other methods, shares, plans, faults, info."""
 
 import json
-import resource
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from test_flow import ROOT, built, command, film, make_set, moving, texture, tree
-from test_videos import mutate
+from test_flow import built, command, film, make_set, moving, tree
 
 import data
 import flow
@@ -273,75 +269,25 @@ def test_plan(tmp_path, capsys, more):
     assert "0 to do" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Faults
-# ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("more", [[], ["--batch", "64"]], ids=["processes", "batches"])
-def test_mutated_films_are_all_accounted_for(real_clips, tmp_path, more):
-    """Bit flips, cuts, swapped headers of real films: no crash, no hang, written + skipped = all."""
-    rng = np.random.default_rng(1)
-    sources = [p.read_bytes() for p in sorted((real_clips / "weizmann").rglob("*.avi"))[:3]]
-    (tmp_path / "v").mkdir()
-    for k in range(18):
-        (tmp_path / "v" / f"{k}.avi").write_bytes(mutate(sources[k % 3], rng))
-    (tmp_path / "v" / "good.avi").write_bytes(sources[0])
-    assert flow.main(["--videos", str(tmp_path / "v"), "--out", str(tmp_path / "s"), "--rgb", str(tmp_path / "r"),
-                      "--short-side", "16", *TRIAL, "--time-limit", "30", *more]) == 0
-    skipped = json.loads((tmp_path / "s" / "skipped.json").read_text())["skipped"]
-    flows, rgbs = data.FlowStore(tmp_path / "s"), data.RgbStore(tmp_path / "r")
-    for name in data.find_videos(tmp_path / "v"):
-        assert (name in flows) == (name in rgbs) == (name not in skipped), name
-        if name in flows:
-            reader, frames = flows.open(name), rgbs.open(name)
-            assert len(frames) == len(reader) + 1 and len(reader.read(range(len(reader)))) == len(reader)
-    assert 3 < len(skipped) < 18
-
-
-@pytest.fixture
-def big(tmp_path):
-    """A small film and one whose flow takes more than the 20 kB at which the disk is to end."""
-    film(tmp_path / "v" / "a.avi", moving(3, 24, 24, 1, 0))
-    film(tmp_path / "v" / "b.avi", [texture(160, 160, seed) for seed in range(4)])
-    return tmp_path
-
-
-def limit_files():
-    """From here on no file may pass 20 kB -> the limits before."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    return before
-
-
-def assert_unharmed(root, sentence):
-    """The small film's flow is whole, nothing of the other is left."""
-    assert sentence.startswith(f"{root / 's' / 'b.avi'} could not be written (File too large)")
-    assert sorted(tree(root / "s")) == ["a.avi", "header.json"]
-    assert len(data.FlowStore(root / "s").open("a")) == 2
-
-
-def test_a_full_disk_is_one_sentence(big):
-    done = subprocess.run([sys.executable, str(ROOT / "flow.py"), "--videos", str(big / "v"), "--out", str(big / "s"),
-                           "--short-side", "0", "--workers", "1", *TRIAL], capture_output=True, text=True,
-                          preexec_fn=limit_files)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert_unharmed(big, done.stderr.removeprefix("error: "))
-
-
-def test_a_full_disk_in_batches(big):
-    before = limit_files()
-    try:
-        with pytest.raises(data.BadInput) as caught:
-            command(big / "v", big / "s", *TRIAL, "--batch", "2", "--workers", "1")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert_unharmed(big, str(caught.value))
-
-
-def test_an_output_that_takes_nothing(films):
-    """/proc is nobody's to write in, not even the superuser's."""
-    for stores in (["/proc/flow"], [films / "flow", "--rgb", "/proc/flow"]):
-        with pytest.raises(data.BadInput, match=r"/proc/flow/header\.json can't be written .*; choose a folder that"):
-            command(films / "videos", *stores, *TRIAL)
+def test_progress(monkeypatch, capsys):
+    clock = 100.0
+    monkeypatch.setattr(flow.time, "monotonic", lambda: clock)
+    progress = flow.Progress(total=10)
+    progress.add("a", 1, 30, 1000, 500)
+    progress.add("a", 1, 30, 1000, 500)
+    clock = 109
+    progress.show()  # too early
+    progress.add("b", 2, 50, 2000, 1000)
+    clock = 110
+    progress.show()  # after 10 s: 4 of (30 + 50) / 2 * 10 pairs of 1500 bytes, 3 of them in these 10 s
+    clock = 139
+    progress.show()  # too early again
+    progress.videos, clock = 1, 140
+    progress.show()
+    assert capsys.readouterr().out == (
+        "0 of 10 videos, 4 of some 400 pairs, 0.3 pairs/s, 0:22:00 left, 1 MB in the end\n"
+        "1 of 10 videos, 4 of some 400 pairs, 0.1 pairs/s, 1:28:00 left, 1 MB in the end\n")
+    assert progress.estimate(10) == (400, 400 * 1000, 400 * 500)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
