@@ -239,7 +239,7 @@ def run(args):
     """Extract what the stores lack -> exit status."""
     i, n = part(args.shard)
     settings = settings_of(args)
-    if args.strict and "WORLD_SIZE" in os.environ:
+    if args.strict and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise data.BadInput("--strict doesn't go with torchrun, which ends all processes when one leaves with status "
                             "1; run flow.py --strict by itself afterwards, it computes nothing twice")
     device, why = choose_device(args.device, settings.flow, int(os.environ.get("LOCAL_RANK", 0)))

@@ -180,6 +180,17 @@ def test_batch_threads_and_runs_change_no_bit():
     assert torch.equal(tvl1.flow(films.transpose(2, 3)[:, ::2].transpose(2, 3)), tvl1.flow(films[:, ::2].contiguous()))
 
 
+@built
+def test_thousands_of_pairs():
+    frames = torch.from_numpy(np.stack([texture(18, 22, seed % 97)[seed % 3:][:15, seed % 5:][:, :17]
+                                        for seed in range(3001)]))[None]
+    few = dict(warps=1, outer=1)
+    flow = tvl1.flow(frames, **few)
+    assert flow.shape == (1, 3000, 2, 15, 17) and flow.isfinite().all()
+    for t in (0, 1499, 2999):
+        assert torch.equal(flow[:, t:t + 1], tvl1.flow(frames[:, t:t + 2], **few)) and flow[0, t].any()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available() or goca._goca is None or not goca._goca.cuda,
                     reason="no GPU, or the extension is built without CUDA kernels")
 def test_gpu_has_the_bits_of_the_cpu():
