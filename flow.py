@@ -195,11 +195,11 @@ def plan(jobs, settings, workers, time_limit, device, batch):
     pairs, flow, rgb = progress.estimate(usable)
     counts = list(progress.expected.values())
     deviation = np.std(counts, ddof=1) / math.sqrt(len(counts)) / np.mean(counts) if len(counts) > 1 else 1.0
-    hours = pairs / progress.rate() / 3600
+    duration = timedelta(seconds=round(pairs / progress.rate()))
     print(f"{count} videos tried: {progress.pairs} pairs, {progress.rate():.1f} pairs/s in {workers} processes"
           f"{f', {len(skipped)} videos can not be used' if skipped else ''}\n"
           f"{len(names)} videos to do: some {pairs:.3g} pairs (+-{100 * deviation:.0f} %, from the lengths of "
-          f"{len(counts)}), {hours:.3g} hours, {flow / 1e9:.3g} GB of flow"
+          f"{len(counts)}), {duration}, {flow / 1e9:.3g} GB of flow"
           f"{f', {rgb / 1e9:.3g} GB of RGB' if settings.rgb else ''}; nothing was written")
 
 
