@@ -58,16 +58,36 @@ class Box(NamedTuple):
     y: float
 
 
-def cut(frame, box, size):
-    """Cut a square out of a frame and resize it: uint8 [H, W, ...] -> [size, size, ...].
-
-    The same box cuts the same place out of RGB and flow, whatever the resolution of either (to half a pixel).
-    """
-    h, w = frame.shape[:2]
+def square(box, h, w):
+    """A box in the pixels of an h x w frame: (y, x, side)."""
     side = max(1, round(min(h, w) * box.side))
-    y, x = round((h - side) * box.y), round((w - side) * box.x)
+    return round((h - side) * box.y), round((w - side) * box.x), side
+
+
+def cut(frame, box, size):
+    """Cut a square out of a frame and resize it: uint8 [H, W, ...] -> [size, size, ...]."""
+    y, x, side = square(box, *frame.shape[:2])
     how = cv2.INTER_AREA if side >= 2 * size else cv2.INTER_LINEAR  # below, bilinear misses nothing and is fast
     return cv2.resize(frame[y:y + side, x:x + side], (size, size), interpolation=how)
+
+
+def cut_alike(plane, box, size, h, w):
+    """Cut out of a plane [h', w'] of any resolution what `cut` takes out of an h x w frame of the same film.
+
+    The frame's square falls between the plane's pixels; its place is kept to a fraction of a pixel, or to half a pixel
+    of the plane where it shrinks to half or less.
+    """
+    y, x, side = square(box, h, w)
+    down, right = plane.shape[0] / h, plane.shape[1] / w
+    if down == right == 1:
+        return cut(plane, box, size)
+    if side * down >= 2 * size:
+        piece = plane[round(y * down):round((y + side) * down), round(x * right):round((x + side) * right)]
+        return cv2.resize(piece, (size, size), interpolation=cv2.INTER_AREA)
+    dy, dx = side * down / size, side * right / size  # a pixel of the clip, in the plane's; pixels are at their centres
+    at = np.array([[dx, 0, x * right + (dx - 1) / 2], [0, dy, y * down + (dy - 1) / 2]])
+    return cv2.warpAffine(plane, at, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                          borderMode=cv2.BORDER_REPLICATE)
 
 
 def open_views(video, store, rgb=None):
@@ -122,10 +142,10 @@ def cut_clips(frames, groups, size):
             for i, t in enumerate(indices):
                 uses[t].append((box, out[group]["rgb"][k, i], out[group]["flow"][k, i]))
     for t, frame, planes in frames:
-        h = len(planes) // 2
+        u_v = planes[:len(planes) // 2], planes[len(planes) // 2:]
         for box, rgb, flow in uses[t]:
             cv2.cvtColor(cut(frame, box, size), cv2.COLOR_BGR2RGB, dst=rgb)
-            cv2.merge([cut(planes[:h], box, size), cut(planes[h:], box, size)], dst=flow)
+            cv2.merge([cut_alike(plane, box, size, *frame.shape[:2]) for plane in u_v], dst=flow)
     return {group: {view: torch.from_numpy(x) for view, x in views.items()} for group, views in out.items()}
 
 
@@ -258,7 +278,6 @@ def keep_memory():
 
 def start_worker(worker):
     """worker_init_fn of a DataLoader: the processes are the parallelism, and they end when the main process says so."""
-    cv2.setNumThreads(1)
     keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process still wants its step's data
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -25,6 +25,7 @@ from stores import BadInput, command_line, load_arrays, save_arrays
 from workers import cores, in_processes
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read once by OpenCV; our sentence instead of a codec's
+cv2.setNumThreads(1)  # processes are the parallelism; one forked after OpenCV's threads had work would wait for them
 VIDEO_SUFFIXES = {".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv"}
 
 

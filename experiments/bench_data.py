@@ -1,12 +1,15 @@
-"""Rows of bench.py that feed the training: the loader, and the prototypes.
+"""The row of bench.py that feeds the training: the loader.
 
-loader      From files to 2 long and 4 short clips of both views, S3D's sizes, one core. Baseline: the whole video and
-            its whole flow are decoded, and each frame of each clip goes through torch alone (resize, crop, flip,
-            jitter, blur, normalise), as the released code's transforms do; written from their description. The flow
-            stored here is DIS, not TV-L1: only reading it is timed. On the films of --videos, else on generated ones.
-prototypes  Eq. 11 for 1000 prototypes of 128-d. Baseline: SGD as published; 200 of its 50,000 steps are timed.
+From files to 2 long and 4 short clips of both views, S3D's sizes, one core. Baseline: the whole video and its whole
+flow are decoded, and each frame of each clip goes through torch alone (resize, crop, flip, jitter, blur, normalise), as
+the released code's transforms do; written from their description. The flow stored here is DIS, not TV-L1: only reading
+it is timed. On the films of --videos, else on generated ones.
+
+Ours from the videos and from a store of RGB, each with augmentation on the same core (a CPU's) and left to the training
+device; and through one loader process, whose samples pass to the training process in shared memory.
 """
 
+import json
 import sys
 import tempfile
 import time
@@ -17,12 +20,12 @@ import cv2
 import numpy as np
 import torch
 from torch.nn import functional as F
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 
 import data
 import flow
-import prototypes as eq11
 from experiments import walkers
+from experiments.bench_prototypes import prototypes  # noqa: F401  (another row of bench.py)
 from experiments.measure import in_turns, row
 
 SIZE, SCALE, LENGTHS = 128, (136, 190), [32, 32, 16, 16, 16, 16]
@@ -42,6 +45,34 @@ def dis_store(videos, root):
         data.write_avi(store.path(video.name), (data.quantise(np.concatenate([f[..., 0], f[..., 1]])) for f in fields),
                        {})
     return store
+
+
+def rgb_store(videos, root):
+    """A store of RGB as flow.py --rgb makes it -> RgbStore."""
+    (root / "header.json").write_text(json.dumps({"kind": "rgb", "version": 1, **data.rgb_settings()}))
+    store = data.RgbStore(root)
+    side, quality = store.header["short_side"], store.header["quality"]
+    for video in videos:
+        data.write_avi(store.path(video.name), (data.shrink(f, side) for f in data.decode(video.path)), {},
+                       quality=quality)
+    return store
+
+
+def fidelity(videos, plain, stored):
+    """What the store of RGB costs, said on standard error: bytes, and the difference of what it gives."""
+    side, sizes, frames, squares, clips = stored.rgb.header["short_side"], [], 0, [], []
+    for k, video in enumerate(videos):
+        sizes.append(stored.rgb.path(video.name).stat().st_size)
+        reader = stored.rgb.open(video.name)
+        frames += len(reader)
+        for frame, kept in zip(data.decode(video.path), reader.frames(range(0, 30)), strict=False):
+            squares.append(((data.shrink(frame, side).astype(float) - kept) ** 2).mean())
+        a, b = (c[(0, k)]["long"]["rgb"].float() for c in (plain, stored))
+        clips.append((a - b).abs().mean().item())
+    decibel = 10 * np.log10(255 ** 2 / np.mean(squares))
+    print(f"store of RGB, {side} px: {sum(sizes) / frames / 1e3:.1f} kB a frame, {sum(sizes) / len(sizes) / 1e6:.2f} "
+          f"MB a video, PSNR {decibel:.1f} dB of what is stored; a clip differs from the video's by "
+          f"{np.mean(clips):.1f} of 255 levels on average", file=sys.stderr)
 
 
 def jitter(x, brightness, contrast, saturation, hue):
@@ -102,67 +133,59 @@ def real_or_generated(videos, folder):
     return [data.Video(str(path), path.stem, 0) for path, _ in films], "generated films of 240 px"
 
 
+def through_a_process(clips, rounds=12):
+    """Milliseconds a sample that one loader process takes to hand batches over, while this one only waits."""
+    n = len(clips)
+    batches = iter(DataLoader(clips, batch_sampler=data.Batches(n, n, rounds + 3), num_workers=1,
+                              worker_init_fn=data.start_worker))
+    for _ in range(3):  # the two that are prepared ahead would come at once
+        next(batches)
+    start = time.perf_counter()
+    assert sum(len(batch["index"]) for batch in batches) == rounds * n
+    return 1e3 * (time.perf_counter() - start) / (rounds * n)
+
+
 def loader(device, videos):
     """Samples a second and core: decode, cut, collate, augment."""
-    threads, cv_threads = torch.get_num_threads(), cv2.getNumThreads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    cv2.setNumThreads(1)
+    data.keep_memory()  # as training does; the baseline gains as well
     try:
         with tempfile.TemporaryDirectory() as folder:
             films, what = real_or_generated(videos, Path(folder))
-            (Path(folder) / "flow").mkdir()
+            for name in ("flow", "rgb"):
+                (Path(folder) / name).mkdir()
             store = dis_store(films, Path(folder) / "flow")
-            clips = data.TrainClips(films, store)
-            at = {"ours": 0, "baseline": 0}
+            sources = {"from the videos": data.TrainClips(films, store),
+                       "from a store of RGB": data.TrainClips(films, store, rgb=rgb_store(films, Path(folder) / "rgb"))}
+            fidelity(films, *sources.values())
+            at = 0
 
-            def loaded():
-                at["ours"] += 1
-                return default_collate([clips[(0, at["ours"] % len(films))]])
+            def sample():  # each call of a round takes the next sample, over the rounds all take all
+                nonlocal at
+                at += 1
+                return at
 
-            def ours():
-                return data.augment(loaded(), device)
+            def loaded(clips):
+                return default_collate([clips[(0, sample() % len(films))]])
 
             def baseline():
-                at["baseline"] += 1
-                out = frame_by_frame(films[at["baseline"] % len(films)], store, np.random.default_rng(0))
+                out = frame_by_frame(films[sample() % len(films)], store, np.random.default_rng(0))
                 return [{view: x.to(device) for view, x in clip.items()} for clip in out]
 
-            shapes = [[x.shape[2:] for x in clip["rgb"].flatten(0, 1)[:, None]] for clip in ours()]
-            assert sum(map(len, shapes)) == len(baseline()) == len(LENGTHS)
-            baseline_ms, ours_ms, loaded_ms = in_turns([baseline, ours, loaded], device, seconds=20)
+            made = data.augment(loaded(sources["from the videos"]), device)
+            assert sum(clip["rgb"].shape[1] for clip in made) == len(baseline()) == len(LENGTHS)
+            calls = {"": baseline}
+            for source, clips in sources.items():
+                calls[f"{source}, augmented on the same core"] = lambda c=clips: data.augment(loaded(c), "cpu")
+                calls[f"{source}, augmentation left to the device"] = lambda c=clips: loaded(c)
+            baseline_ms, *ours = in_turns(list(calls.values()), device, seconds=25)
+            ours += [through_a_process(clips) for clips in sources.values()]
+            cases = [*list(calls)[1:], *(f"{source}, through one loader process" for source in sources)]
     finally:
         torch.set_num_threads(threads)
-        cv2.setNumThreads(cv_threads)
-    for ms, what_done in ((ours_ms, "augmentation on the same core"), (loaded_ms, "augmentation left to the device")):
-        print(f"{what_done}: {1e3 / ms:.1f} samples a second and core; 95 a second need {0.095 * ms:.1f} cores",
-              file=sys.stderr)
-        yield row("loader", f"2 x 32 + 4 x 16 frames of both views, {what}, one thread, {what_done}", device,
-                  baseline_ms, ms)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# prototypes
-# ---------------------------------------------------------------------------------------------------------------------
-def published_sgd(num, dim, steps, device):
-    """Eq. 11 by SGD on the row maximum, learning rate 0.1, rows kept on the sphere -> mean nearest-neighbour cosine."""
-    W = F.normalize(torch.randn(num, dim, generator=torch.Generator().manual_seed(0)), dim=1).to(device)
-    for _ in range(steps):
-        W.requires_grad_()
-        gradient, = torch.autograd.grad(eq11.prototype_loss(W), W)
-        W = F.normalize(W.detach() - 0.1 * gradient, dim=1)
-    return eq11.nearest_cosine(W)[0]
-
-
-def prototypes(device, videos):
-    """1000 x 128; the baseline's 50,000 steps are timed on 200 of them, and its end is quoted from a whole run."""
-    steps = 200
-    start = time.perf_counter()
-    published_sgd(1000, 128, steps, device)
-    baseline_ms = 1e3 * (time.perf_counter() - start) * 50_000 / steps
-    start = time.perf_counter()
-    ours = eq11.fit(1000, 128, device=device)
-    ours_ms = 1e3 * (time.perf_counter() - start)
-    cosine, _ = eq11.nearest_cosine(ours)
-    assert cosine < 0.0991, cosine  # where the published SGD ends
-    yield row("prototypes", f"1000 x 128, mean nearest-neighbour cosine {cosine:.4f}; SGD's 50,000 steps end at 0.0991",
-              device, baseline_ms, ours_ms)
+    print(f"{len(films)} {what}; samples a second and core; cores that feed 95 a second:", file=sys.stderr)
+    for case, ms in zip(cases, ours, strict=True):
+        print(f"  {case}: {1e3 / ms:.1f}; {0.095 * ms:.1f}", file=sys.stderr)
+        yield row("loader", f"2 x 32 + 4 x 16 frames of both views, {what}, one thread, {case}", device, baseline_ms,
+                  ms)

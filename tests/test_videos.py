@@ -127,15 +127,14 @@ def test_index_of_a_quarter_of_a_million_loads_fast_and_small(tmp_path):
     n = 240_000
     index = videos.Index({f"class_{i % 400:03d}/{i:011d}_000000_000010": (i, i, 300, 300, "") for i in range(n)})
     index.save(tmp_path / "index.npz")
-    code = ("import resource, sys, time, videos; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-            "start = time.process_time(); index = videos.Index.load(sys.argv[1]);"
+    code = ("import resource, sys, time, videos; start = time.process_time(); index = videos.Index.load(sys.argv[1]);"
             "print(len(index.entries), time.process_time() - start,"
-            "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
+            "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "index.npz")], cwd=ROOT, capture_output=True,
                           text=True, check=True)
     entries, seconds, kilobytes = done.stdout.split()
-    print(f"240,000 entries: {seconds} s, {kilobytes} kB")
-    assert int(entries) == n and int(kilobytes) < 250_000
+    print(f"240,000 entries: {seconds} s, {kilobytes} kB with all that Python and torch take")
+    assert int(entries) == n and int(kilobytes) < 500_000
 
 
 def test_scan_by_command(folder, tmp_path, capsys):
