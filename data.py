@@ -149,6 +149,14 @@ def cut_clips(frames, groups, size):
     return {group: {view: torch.from_numpy(x) for view, x in views.items()} for group, views in out.items()}
 
 
+FAULTS = (BadInput, OSError, cv2.error)  # what a file may do to its reader
+
+
+def fault_of(video, error):
+    """One sentence that names the file."""
+    return str(error) if isinstance(error, BadInput) else f"{video.path} failed: {' '.join(str(error).split())}"
+
+
 class TrainClips(Dataset):
     """A video's training crops: `n_long` clips of `frames` and `n_short` of `short_frames`, of both views.
 
@@ -198,9 +206,8 @@ class TrainClips(Dataset):
             try:
                 crops = within(self.time_limit, video.path, self._crops, video, rng)
                 return {**crops, "index": index, "fault": fault}
-            except (BadInput, OSError, cv2.error) as e:
-                why = str(e) if isinstance(e, BadInput) else f"{video.path} failed: {' '.join(str(e).split())}"
-                fault = fault or why
+            except FAULTS as e:
+                fault = fault or fault_of(video, e)
         raise BadInput(f"100 videos in a row can't be read; the first: {fault}")
 
     def _open(self, video):
@@ -262,8 +269,8 @@ class TestClips(Dataset):
             views = [(i, Box(1, place, place)) for i, place in count]
             wanted = sorted({t for clip in clips for t in clip})
             cut = cut_clips(read_frames(video, flow, wanted), {"views": views}, self.size)["views"]
-        except BadInput as e:
-            return {"index": index, "fault": str(e)}
+        except FAULTS as e:
+            return {"index": index, "fault": fault_of(video, e)}
         return {**cut, "weight": torch.tensor([n / sum(count.values()) for n in count.values()]), "index": index}
 
 

@@ -190,9 +190,9 @@ def train(s):
     found = data.read_split(s.dataset, s.videos, s.splits, s.split, "train", s.index)
     videos = [v for v in found.videos if v.name in store and (rgb is None or v.name in rgb)]
     if not videos:
-        raise data.BadInput(f"none of the {len(found.videos)} videos below {s.videos} is in {s.flow}"
-                            f"{f' and {s.rgb}' if rgb else ''}; run: python flow.py --videos {s.videos} --out {s.flow}"
-                            f"{f' --rgb {s.rgb}' if rgb else ''}")
+        raise data.BadInput(f"{s.flow} holds the flow{f', or {s.rgb} the RGB,' if rgb else ''} of none of the "
+                            f"{len(found.videos)} videos below {s.videos}; run: python flow.py --videos {s.videos} "
+                            f"--out {s.flow}{f' --rgb {s.rgb}' if rgb else ''}")
     clips = data.TrainClips(videos, store, frames=s.frames, short_frames=s.short_frames, n_short=s.short_crops,
                             size=s.size, stride=s.stride, scale=tuple(s.scale), seed=s.seed, cache=s.cache,
                             time_limit=s.time_limit, rgb=rgb)

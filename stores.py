@@ -15,7 +15,7 @@ import os
 import struct
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cv2
@@ -260,8 +260,9 @@ class AviReader:
             with open(self.path, "rb") as f:
                 for t in indices:
                     f.seek(self._at[t])
-                    jpeg = np.frombuffer(f.read(self._size[t]), np.uint8)
-                    plane = cv2.imdecode(jpeg, self._flag) if len(jpeg) else None
+                    jpeg, plane = np.frombuffer(f.read(self._size[t]), np.uint8), None
+                    with suppress(cv2.error):  # nothing there, or a size beyond all measure
+                        plane = cv2.imdecode(jpeg, self._flag)
                     if plane is None or plane.shape[:2] != self.shape:
                         raise BadInput(f"{self.path} is damaged at frame {t}; {self._cure()}")
                     yield plane

@@ -225,6 +225,8 @@ def test_what_a_codec_raises_is_a_fault_of_its_video(films, monkeypatch):
     faults = [clips[(0, k)]["fault"] for k in range(3)]
     assert re.fullmatch(r"\S+/a\.avi failed: .*resize'", faults[0])
     assert re.fullmatch(r"\S+/b\.avi failed: .*Input/output error: .*", faults[1]) and faults[2] == ""
+    views = data.TestClips(videos, flows, frames=6, size=16)
+    assert [views[k].get("fault") for k in range(3)] == [*faults[:2], None]
 
 
 # --- RGB from its store ----------------------------------------------------------------------------------------------

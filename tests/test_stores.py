@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from test_videos import mutate
 
 import data
 
@@ -167,6 +168,24 @@ def test_a_frame_of_another_size_is_damage(tmp_path):
     assert reader.read([1])[0].shape == (16, 8)
     with pytest.raises(data.BadInput, match=r"x\.avi is damaged at frame 0"):
         reader.read([0])
+
+
+@pytest.mark.parametrize("shape", [(48, 32), (24, 32, 3)])
+def test_three_hundred_mutated_files_are_damage_or_frames(tmp_path, shape):
+    """Nothing but BadInput comes out of a damaged file, and no frame of another shape."""
+    g = np.random.default_rng(0)
+    data.write_avi(tmp_path / "x.avi", g.integers(0, 256, (4, *shape), np.uint8), {"source": "x"})
+    whole, read, damaged = (tmp_path / "x.avi").read_bytes(), 0, 0
+    for _ in range(300):
+        (tmp_path / "x.avi").write_bytes(mutate(whole, g))
+        try:
+            frames = data.AviReader(tmp_path / "x.avi").read(range(4))
+            assert [f.shape for f in frames] == [shape] * 4
+            read += 1
+        except data.BadInput as e:
+            assert str(tmp_path / "x.avi") in str(e) and "\n" not in str(e)
+            damaged += 1
+    assert read + damaged == 300 and read > 20 and damaged > 100
 
 
 # --- outputs that can't be written -----------------------------------------------------------------------------------

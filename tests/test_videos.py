@@ -123,13 +123,15 @@ def test_read_split_leaves_out_what_the_index_condemns(folder, tmp_path):
     assert found.faulty == ["a/1"] and [v.name for v in found.videos] == ["a/0", "a/2", "a/3", "a/4"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read a process's memory from")
 def test_index_of_a_quarter_of_a_million_loads_fast_and_small(tmp_path):
     n = 240_000
     index = videos.Index({f"class_{i % 400:03d}/{i:011d}_000000_000010": (i, i, 300, 300, "") for i in range(n)})
     index.save(tmp_path / "index.npz")
-    code = ("import resource, sys, time, videos; start = time.process_time(); index = videos.Index.load(sys.argv[1]);"
+    # the system's own account of the peak; getrusage's begins with that of the process that started this one
+    code = ("import sys, time, videos; start = time.process_time(); index = videos.Index.load(sys.argv[1]);"
             "print(len(index.entries), time.process_time() - start,"
-            "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+            "open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "index.npz")], cwd=ROOT, capture_output=True,
                           text=True, check=True)
     entries, seconds, kilobytes = done.stdout.split()
