@@ -5,6 +5,7 @@ flow.py and videos.py.
 """
 
 import multiprocessing
+import multiprocessing.forkserver as forkserver
 import os
 import signal
 import sys
@@ -56,6 +57,12 @@ def in_processes(function, jobs, settings, workers, time_limit):
     """
     context = multiprocessing.get_context("forkserver")  # unlike fork, gives no process the pipes of its siblings
     context.set_forkserver_preload(["torch", "cv2"])
+    with suppress(ValueError):  # in another thread than the main one Ctrl-C needs no care
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the server inherits: it still imports
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGINT, handler)
     queue, idle, busy = deque(jobs), {}, {}  # {pipe: process}, {pipe: (process, name, time of its last message)}
 
     def start():

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, default_collate
 
 import data
-import flow
+import flow_extract
 from experiments import walkers
 from experiments.bench_prototypes import prototypes  # noqa: F401  (another row of bench.py)
 from experiments.measure import in_turns, row
@@ -42,7 +42,7 @@ def dis_store(videos, root):
     store = data.FlowStore(root)
     solver = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
     for video in videos:
-        grey = list(flow.grey_frames(video.path, 256, {}))
+        grey = [flow_extract.grey(frame, 256) for frame in data.decode(video.path)]
         fields = (solver.calc(a, b, None) for a, b in pairwise(grey))
         data.write_avi(store.path(video.name), (data.quantise(np.concatenate([f[..., 0], f[..., 1]])) for f in fields),
                        {})

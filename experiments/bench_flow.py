@@ -1,7 +1,13 @@
 """Row of bench.py about the flow: TV-L1 of pairs of 320x240 from the films of --videos, else from generated texture.
 
-Baseline: OpenCV's, one pair a core. The floor is known for a number of iterations alone (scales, warps and stops depend
-on the film): 3 divisions and 2 square roots in double a pixel, or 64 bytes. About two minutes on one core.
+TV-L1      against OpenCV's. On the CPU one pair a core; on a GPU batches of some 256 pairs against one core. The floor
+           is known for a number of iterations alone (scales, warps and stops depend on the film): 3 divisions and 2
+           square roots in double a pixel, or 64 bytes.
+DIS, Farneback  against TV-L1, both on one core, with the mean end-point distance between them.
+storage    time to read a field, bytes and mean error of u and v: the format of the stores, against PNG. "Added" is the
+           error beyond that of the 8 bits.
+
+About two and a half minutes on one core.
 """
 
 import concurrent.futures
@@ -13,8 +19,12 @@ import numpy as np
 import torch
 
 import tvl1
-from data import decode, find_videos
+from data import BOUND, decode, dequantise, find_videos, quantise
 from experiments.measure import in_turns, machine_rates, row
+from flow_solvers import make_settings, solver
+
+CARD = 256  # pairs together on a GPU, about
+NEAR = 0.02 if int(cv2.__version__.split(".")[0]) >= 5 else 0.03  # px; OpenCV 4 rounds its warps to 1/32 px
 
 
 def pairs_of_films(videos):
@@ -32,8 +42,58 @@ def pairs_of_films(videos):
         yield "generated texture", np.stack([[big[8:248, 8:328], big[6:246, 5:325]]])
 
 
+def store_formats(flows):
+    """Rows of what a store costs in bytes, error and time to read. flows float32 [P, 2, h, w]."""
+    planes = np.stack([quantise(np.concatenate(list(flow))) for flow in flows])  # [P, 2h, w]
+    h, w = flows.shape[2:]
+    colours = [np.dstack([*np.split(plane, 2), np.full((h, w), 128, np.uint8)]) for plane in planes]
+    exact, clipped = dequantise(planes), np.clip(flows, -BOUND, BOUND).reshape(planes.shape)
+
+    def grey(file):
+        return cv2.imdecode(file, cv2.IMREAD_GRAYSCALE)
+
+    def colour(file):
+        u, v, _ = cv2.split(cv2.imdecode(file, cv2.IMREAD_COLOR))
+        return np.concatenate([u, v])
+
+    formats = {"PNG": (planes, ".png", [], grey)} | {
+        f"{name} JPEG, quality {quality}": (images, ".jpg", [cv2.IMWRITE_JPEG_QUALITY, quality], read)
+        for name, images, read in (("one grey", planes, grey), ("u, v, 128 as one colour", colours, colour))
+        for quality in (95, 100)}
+    files = {name: [cv2.imencode(suffix, image, how)[1] for image in images]
+             for name, (images, suffix, how, _) in formats.items()}
+    times = in_turns([lambda name=name: [formats[name][3](file) for file in files[name]] for name in formats],
+                     torch.device("cpu"), seconds=1)
+    for name, ms in zip(formats, times, strict=True):
+        read = dequantise(np.stack([formats[name][3](file) for file in files[name]]))
+        error, added = (np.abs(read - other).mean() for other in (clipped, exact))
+        yield row("flow", f"stored as {name}: {np.mean([len(x) for x in files[name]]) / 1e3:.1f} kB a field, error "
+                          f"{error:.3f} px, {added:.3f} added; time to read, against PNG", torch.device("cpu"),
+                  times[0] / len(flows), ms / len(flows))
+
+
+def faster_methods(name, pairs, flows):
+    """Rows of DIS and Farneback against our TV-L1 of pairs uint8 [P, 2, h, w], `flows` [P, 2, h, w], on one core."""
+    threads, pairs = torch.get_num_threads(), torch.from_numpy(pairs)
+    torch.set_num_threads(1)
+    try:
+        for method in ("dis", "farneback"):
+            settings = make_settings(method=method)
+            solve = solver(settings)
+            motion = np.linalg.norm(flows, axis=1).mean()
+            distance = np.linalg.norm(solve(pairs).numpy() - flows, axis=1).mean()
+            theirs_ms, ours_ms = in_turns([lambda: tvl1.flow(pairs, impl="compiled"), lambda f=solve: f(pairs)],
+                                          torch.device("cpu"), seconds=0, least=3)
+            yield row("flow", f"{settings['method']}, {distance:.3f} px from TV-L1 (mean motion {motion:.2f} px), "
+                              f"against our TV-L1: {len(pairs)} pairs of 320x240, {name}", torch.device("cpu"),
+                      theirs_ms, ours_ms)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def flow(device, videos):
-    threads = torch.get_num_threads()
+    card = device.type == "cuda"
+    threads = 1 if card else torch.get_num_threads()
     cv2.setNumThreads(1)
 
     def baseline(pairs, iterations=None):
@@ -44,13 +104,20 @@ def flow(device, videos):
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             return np.stack(list(pool.map(one, pairs)))
 
+    all_flows = []
     for name, pairs in pairs_of_films(videos):
-        frames = torch.from_numpy(pairs).to(device)
-        distance = np.linalg.norm(tvl1.flow(frames, impl="compiled")[:, 0].cpu().numpy() - baseline(pairs), axis=1)
-        assert distance.mean() < 0.02, f"{name}: {distance.mean():.4f} px from OpenCV"
+        times = -(-CARD // len(pairs)) if card else 1
+        frames = torch.from_numpy(pairs).to(device).repeat(times, 1, 1, 1)
+        flows, theirs = tvl1.flow(frames, impl="compiled")[:len(pairs), 0].cpu().numpy(), baseline(pairs)
+        distance = np.linalg.norm(flows - theirs, axis=1).mean()
+        assert distance < NEAR, f"{name}: {distance:.4f} px from OpenCV"
         baseline_ms, ours_ms = in_turns([lambda x=pairs: baseline(x),
                                          lambda x=frames: tvl1.flow(x, impl="compiled")], device, seconds=0, least=3)
-        yield row("flow", f"{len(pairs)} pairs of 320x240, {name}", device, baseline_ms, ours_ms)
+        yield row("flow", f"{len(frames)} pairs of 320x240, {name}, {distance:.5f} px apart, "
+                          f"{len(frames) / ours_ms * 1e3:.1f} pairs/s", device, baseline_ms * times, ours_ms)
+        yield from faster_methods(name, pairs, theirs)
+        all_flows.append(theirs)
+    yield from store_formats(np.concatenate(all_flows))
 
     alone = dict(scales=1, warps=1, epsilon=0.0, inner=100, outer=1, median=1)
     theirs = dict(nscales=1, warps=1, epsilon=0, innnerIterations=100, outerIterations=1, medianFiltering=1)

@@ -13,9 +13,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from test_tvl1 import LIKE, SAME
 
 import data
 import flow
+import flow_extract
+import flow_solvers
 import goca
 import tvl1
 
@@ -52,6 +55,11 @@ def make_set(root, n=3, frames=4, size=24):
     return root
 
 
+def extract(path, out, **settings):
+    """The flow of one video -> its header."""
+    return flow_extract.extract(flow.Job(path, out, None), flow.Settings(flow.make_settings(**settings)))
+
+
 def tree(root):
     return {str(p.relative_to(root)): p.read_bytes() for p in Path(root).rglob("*") if p.is_file()}
 
@@ -70,7 +78,7 @@ BACKENDS = ["opencv", pytest.param("goca", marks=built)]
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("u", "v"), [(2, -1), (-3, 0), (0, 2)])
 def test_translation(u, v, backend):
-    (field,) = flow.fields(moving(2, 64, 80, u, v), backend)
+    (field,) = flow_solvers.fields(moving(2, 64, 80, u, v), flow.make_settings(backend=backend))
     assert field.shape == (64, 80, 2) and field.dtype == np.float32
     inner = field[8:-8, 8:-8].reshape(-1, 2)  # what leaves the picture has no match
     assert np.abs(inner - (u, v)).mean() < 0.1
@@ -81,32 +89,32 @@ def test_defaults_are_opencvs():
     assert {name: getattr(solver, f"get{name}")() for name in flow.TVL1} == flow.TVL1
     assert not solver.getUseInitialFlow()
     assert {k: v for k, v in flow.make_settings().items() if k in flow.TVL1} == flow.TVL1
-    assert {theirs: tvl1.DEFAULTS[ours] for theirs, ours in flow.OURS.items()} | {"Gamma": 0.0} == flow.TVL1
+    assert {theirs: tvl1.DEFAULTS[ours] for theirs, ours in flow_solvers.OURS.items()} | {"Gamma": 0.0} == flow.TVL1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_params_reach_the_solver(backend):
     frames = moving(2, 48, 48, 3, 1)
-    (default,), (crude,) = flow.fields(frames, backend), flow.fields(frames, backend, WarpingsNumber=1, Epsilon=0.1)
+    (default,), (crude,) = (flow_solvers.fields(frames, flow.make_settings(backend=backend, **params))
+                            for params in ({}, {"WarpingsNumber": 1, "Epsilon": 0.1}))
     expected = cv2.optflow.DualTVL1OpticalFlow_create(warps=1, epsilon=0.1).calc(*frames, None)
-    assert np.linalg.norm(crude - expected, axis=-1).mean() < 1e-3 < np.linalg.norm(crude - default, axis=-1).mean()
+    assert np.linalg.norm(crude - expected, axis=-1).mean() < SAME
+    assert np.linalg.norm(crude - default, axis=-1).mean() > 2 * SAME, "degenerate: defaults would pass"
 
 
 def test_auto_takes_the_own_flow_where_it_is_that_of_opencv(monkeypatch):
+    choose = flow_solvers.choose_backend
     if goca._goca is not None:
-        assert flow.agrees() and flow.agrees(WarpingsNumber=1, Epsilon=0.03)
-        assert flow.choose_backend() == flow.choose_backend("goca") == "goca"
-        honest = flow.fields
-
-        def other(frames, backend, **params):
-            return (field + 0.1 * (backend == "goca") for field in honest(frames, backend, **params))
-
-        monkeypatch.setattr(flow, "fields", other)
-        assert flow.choose_backend() == "opencv" and flow.choose_backend("goca") == "goca"
+        assert choose() == choose("goca") == choose(WarpingsNumber=1, Epsilon=0.03) == "goca"
+        honest = tvl1.flow
+        monkeypatch.setattr(tvl1, "flow", lambda pairs, **params: honest(pairs, **params) + 0.1)
+        flow_solvers.backends_agree.cache_clear()
+        assert choose() == "opencv" and choose("goca") == "goca"
+        flow_solvers.backends_agree.cache_clear()
     monkeypatch.setattr(goca, "_goca", None)
-    assert flow.choose_backend() == flow.choose_backend("opencv") == "opencv"
+    assert choose() == choose("opencv") == "opencv"
     with pytest.raises(data.BadInput, match=r"--backend goca needs the extension; build it with: .*setup\.py"):
-        flow.choose_backend("goca")
+        choose("goca")
 
 
 @built
@@ -115,7 +123,7 @@ def test_backends_do_not_mix(five, tmp_path, capsys):
     stores = {}
     for backend in ("goca", "opencv"):
         assert command(five / "videos", tmp_path / backend, "--backend", backend, "--warps", "2") == 0
-        assert f"TV-L1 of {backend}" in capsys.readouterr().out
+        assert f"TV-L1 of {backend} on " in capsys.readouterr().out
         stores[backend] = data.FlowStore(tmp_path / backend)
         assert stores[backend].header["backend"] == backend and stores[backend].header["WarpingsNumber"] == 2
     steps = np.concatenate([np.abs(np.int32(stores["goca"].open(name).read(range(3)))
@@ -128,9 +136,9 @@ def test_backends_do_not_mix(five, tmp_path, capsys):
 
 def test_u_stands_over_v(tmp_path):
     film(tmp_path / "v.avi", moving(4, 48, 64, 2, -1))
-    about = flow.extract(tmp_path / "v.avi", tmp_path / "flow.avi", flow.make_settings(short_side=0))
+    about = extract(tmp_path / "v.avi", tmp_path / "flow.avi", short_side=0)
     reader = data.AviReader(tmp_path / "flow.avi")
-    assert len(reader) == 3 and reader.header == {**about, "frames": 3}
+    assert len(reader) == 3 and reader.header == {**about, "device": "cpu", "frames": 3}
     assert about == {"source": "v.avi", "source_bytes": (tmp_path / "v.avi").stat().st_size, "source_size": [64, 48],
                      "source_declared": 4, "source_frames": 4}
     for plane in reader.read([0, 1, 2]):
@@ -141,7 +149,7 @@ def test_u_stands_over_v(tmp_path):
 
 def test_a_player_shows_the_flow(tmp_path):
     film(tmp_path / "v.avi", moving(4, 48, 64, 2, -1))
-    flow.extract(tmp_path / "v.avi", tmp_path / "flow.avi", flow.make_settings(short_side=0))
+    extract(tmp_path / "v.avi", tmp_path / "flow.avi", short_side=0)
     shown = [cv2.cvtColor(f, cv2.COLOR_BGR2GRAY).astype(int) for f in data.decode(tmp_path / "flow.avi")]
     read = data.AviReader(tmp_path / "flow.avi").read([0, 1, 2])
     assert len(shown) == 3 and max(np.abs(a - b).max() for a, b in zip(shown, read, strict=True)) <= 2
@@ -151,11 +159,10 @@ def test_clipped_at_the_bound(tmp_path, monkeypatch):
     """Constant planes survive JPEG exactly, so the bytes are those of the quantiser: 128 + 127 / 20 a pixel."""
     constants = [(500.0, -500.0), (20.0, -20.0), (0.0, 10.0), (-10.0, 0.1)]
     fields = (np.full((16, 16, 2), c, np.float32) for c in constants)
-    settings = flow.make_settings(quality=100)
-    monkeypatch.setattr(flow, "fields", lambda frames, backend, **params: (
-        f for f, _ in zip(fields, frames, strict=False)))
+    monkeypatch.setattr(flow_extract, "fields", lambda frames, settings: (
+        f for f, _ in zip(fields, itertools.pairwise(frames), strict=True)))
     film(tmp_path / "v.avi", moving(5, 16, 16, 1, 1))
-    flow.extract(tmp_path / "v.avi", tmp_path / "flow.avi", settings)
+    extract(tmp_path / "v.avi", tmp_path / "flow.avi", quality=100)
     planes = data.AviReader(tmp_path / "flow.avi").read(range(4))
     assert [(p[0, 0], p[-1, -1]) for p in planes] == [(255, 1), (255, 1), (128, 192), (64, 129)]
     assert all((p[:16] == p[0, 0]).all() and (p[16:] == p[-1, -1]).all() for p in planes)
@@ -164,7 +171,7 @@ def test_clipped_at_the_bound(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("short_side", "size"), [(0, (33, 47)), (16, (16, 23)), (45, (45, 64))])
 def test_odd_sizes(tmp_path, short_side, size):
     data.write_avi(tmp_path / "v.avi", moving(2, 33, 47, 1, 0), {}, quality=100)  # OpenCV writes even sizes only
-    about = flow.extract(tmp_path / "v.avi", tmp_path / "flow.avi", flow.make_settings(short_side=short_side))
+    about = extract(tmp_path / "v.avi", tmp_path / "flow.avi", short_side=short_side)
     assert about["source_size"] == [47, 33]
     (plane,) = data.AviReader(tmp_path / "flow.avi").read([0])
     assert plane.shape == (2 * size[0], size[1])
@@ -176,7 +183,7 @@ def test_size_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "decode", lambda path: iter([np.zeros((16, 24, 3), np.uint8)] * 2
                                                           + [np.zeros((24, 16, 3), np.uint8)]))
     with pytest.raises(data.BadInput, match=r"odd\.avi changes its size from \[24, 16\] to \[16, 24\] at frame 2"):
-        flow.extract(tmp_path / "odd.avi", tmp_path / "flow.avi", flow.make_settings())
+        extract(tmp_path / "odd.avi", tmp_path / "flow.avi")
     assert not list(tmp_path.iterdir())
 
 
@@ -303,7 +310,8 @@ def test_shards_that_start_together_agree(tmp_path):
         def shard(k, root=tmp_path / str(attempt), results=results, gate=gate):
             gate.wait()
             try:
-                results.append((flow.open_store(root, settings[k % 2]).header["short_side"], k % 2 * 32))
+                store = flow.open_store(data.FlowStore, root, settings[k % 2])
+                results.append((store.header["short_side"], k % 2 * 32))
             except data.BadInput as e:
                 assert "other settings" in str(e)
 
@@ -345,177 +353,6 @@ def test_never_writes_among_videos(five, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bad videos among good ones
-# ---------------------------------------------------------------------------------------------------------------------
-BAD = {"empty": "is empty", "text": "no frame that OpenCV can decode", "one": "has one frame only",
-       "headless": "no frame that OpenCV can decode"}
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory):
-    root = make_set(tmp_path_factory.mktemp("mixed"), 1)
-    (root / "empty.mp4").touch()
-    (root / "text.mp4").write_text("not a video\n" * 100)
-    film(root / "one.avi", moving(1, 24, 24, 1, 0))
-    film(root / "headless.mp4", moving(30, 32, 32, 1, 0), "mp4v")  # its index comes last
-    film(root / "half.avi", moving(30, 32, 32, 1, 0))
-    for name in ("headless.mp4", "half.avi"):
-        whole = (root / name).read_bytes()
-        (root / name).write_bytes(whole[:len(whole) // 2])
-    return root
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_one_sentence(mixed, tmp_path, capfd, name):
-    (path,) = mixed.glob(f"{name}.*")
-    with pytest.raises(data.BadInput, match=BAD[name]) as caught:
-        flow.extract(path, tmp_path / "flow.avi", flow.make_settings())
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    assert capfd.readouterr() == ("", "")  # no codec adds its own
-    assert not list(tmp_path.iterdir())
-
-
-def test_bad_among_good(mixed, tmp_path, capsys):
-    assert command(mixed, tmp_path / "s") == 0
-    out = capsys.readouterr().out
-    assert "2 videos written" in out and "4 skipped, 1 cut short" in out
-    listed = json.loads((tmp_path / "s" / "skipped.json").read_text())
-    assert listed["skipped"].keys() == BAD.keys() and listed["cut short"].keys() == {"half"}
-    for name, words in BAD.items():
-        assert words in listed["skipped"][name] and f"{name}." in listed["skipped"][name]
-        assert f"skipped: {listed['skipped'][name]}" in out
-    n = len(data.FlowStore(tmp_path / "s").open("half"))
-    assert 1 < n < 29 and f"half.avi is cut short: {n + 1} of 30 frames decode" in out
-    assert sorted(tree(tmp_path / "s")) == ["a/v0.avi", "half.avi", "header.json", "skipped.json"]
-
-
-def test_strict_and_mending(mixed, tmp_path, capsys):
-    videos = tmp_path / "v"
-    for name, content in tree(mixed).items():
-        (videos / name).parent.mkdir(parents=True, exist_ok=True)
-        (videos / name).write_bytes(content)
-    assert command(videos, tmp_path / "s", "--strict") == 1
-    assert command(videos, tmp_path / "s", "--strict") == 1  # retried, listed again; what is cut short too
-    assert "0 videos written" in (out := capsys.readouterr().out) and out.count("half.avi is cut short") == 2
-    for name in BAD:
-        (bad,) = videos.glob(f"{name}.*")
-        bad.unlink()
-        film(videos / f"{name}.avi", moving(3, 24, 24, 1, 0))
-    assert command(videos, tmp_path / "s", "--strict") == 1  # one is cut short still
-    film(videos / "half.avi", moving(3, 24, 24, 1, 0))
-    assert command(videos, tmp_path / "s", "--strict") == 0
-    assert not (tmp_path / "s" / "skipped.json").exists()
-    assert len(data.FlowStore(tmp_path / "s").open("half")) == 2
-
-
-def test_nothing_good(tmp_path):
-    (tmp_path / "v").mkdir()
-    with pytest.raises(data.BadInput, match="holds no video"):
-        command(tmp_path / "v", tmp_path / "s")
-    (tmp_path / "v" / "empty.mp4").touch()
-    with pytest.raises(data.BadInput, match="none of the 1 videos"):
-        command(tmp_path / "v", tmp_path / "s")
-    with pytest.raises(data.BadInput, match="is no folder"):
-        command(tmp_path / "absent", tmp_path / "s")
-
-
-def test_store_cannot_be_written(five, tmp_path):
-    """No fault of a video: the run ends with a sentence, and what stood in the store is untouched."""
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(data.BadInput, match=r"--out .*file can't be used as a folder"):
-        command(five / "videos", tmp_path / "file")
-    flow.open_store(tmp_path / "s", flow.make_settings(short_side=0))
-    (tmp_path / "s" / "a").write_text("in the way")
-    with pytest.raises(data.BadInput, match=r"v\d\.avi can't be written"):
-        command(five / "videos", tmp_path / "s")
-    assert sorted(tree(tmp_path / "s")) == ["a", "header.json"]
-
-
-class Deadly(str):
-    """A path that ends the process that receives it, as a crash in a codec would."""
-
-    def __reduce__(self):
-        return os._exit, (7,)
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_crash_costs_one_video(five, tmp_path, workers):
-    found = data.find_videos(five / "videos")
-    jobs = {name: (path, str(tmp_path / f"{name}.avi")) for name, path in found.items()}
-    for name in ("a/v0", "a/v3"):
-        jobs[name] = Deadly("crash.avi"), jobs[name][1]
-    progress = flow.Progress(len(jobs))
-    skipped, cut = flow.extract_all(jobs, flow.make_settings(short_side=0), workers, progress)
-    assert skipped.keys() == {"a/v0", "a/v3"} and not cut and progress.videos == 5 and progress.pairs == 9
-    assert all(s.startswith("crash.avi ended the process that read it (exit code 7)") for s in skipped.values())
-    for name in ("v1", "v2", "v4"):
-        assert (tmp_path / "a" / f"{name}.avi").read_bytes() == (five / "store" / "a" / f"{name}.avi").read_bytes()
-
-
-def test_status_and_sentence_of_the_command(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "flow.py"), "--videos", str(tmp_path), "--out",
-                           str(tmp_path / "s")], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-
-
-def test_progress(monkeypatch, capsys):
-    clock = 100.0
-    monkeypatch.setattr(flow.time, "monotonic", lambda: clock)
-    progress = flow.Progress(total=10)
-    progress.pair("a", 30, 1000)
-    progress.pair("a", 30, 1000)
-    clock = 109
-    progress.show()  # too early
-    progress.pair("b", 50, 3000)
-    clock = 110
-    progress.show()  # after 10 s: 3 of (30 + 50) / 2 * 10 pairs, 2 of them in these 10 s
-    clock = 139
-    progress.show()  # too early again
-    progress.videos, clock = 1, 140
-    progress.show()
-    assert capsys.readouterr().out == (
-        "0 of 10 videos, 3 of some 400 pairs, 0.2 pairs/s, 0:33:05 left, 1 MB in the end\n"
-        "1 of 10 videos, 3 of some 400 pairs, 0.1 pairs/s, 2:12:20 left, 1 MB in the end\n")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# info
-# ---------------------------------------------------------------------------------------------------------------------
-def test_info(tmp_path, capsys):
-    film(tmp_path / "v" / "right.avi", moving(4, 32, 48, 3, 0))
-    command(tmp_path / "v", tmp_path / "s")
-    (tmp_path / "v" / "late.mp4").touch()
-    capsys.readouterr()
-    assert flow.main(["info", str(tmp_path / "s"), "--videos", str(tmp_path / "v"), "--video", "right",
-                      "--picture", str(tmp_path / "p.png")]) == 0
-    out = capsys.readouterr().out
-    assert f"opencv           {cv2.__version__}\n" in out and "Lambda           0.15\n" in out
-    assert "1 videos, 3 flow fields" in out and "1 of the 2 videos below" in out and "\n  late\n" in out
-    assert abs(float(out.split("mean magnitude ")[1].split()[0]) - 3) < 0.3
-    picture = cv2.imread(str(tmp_path / "p.png"))
-    assert picture.shape == (256, 8 * (48 + 48 + 32), 3)
-    b, g, r = np.median(picture[:, 8 * 48:8 * 96].reshape(-1, 3), axis=0)
-    assert r > 200 and b < 80 and g < 80  # to the right is red
-
-
-def test_info_on_bad_input(five, tmp_path):
-    with pytest.raises(data.BadInput, match="is no flow store"):
-        flow.main(["info", str(tmp_path)])
-    with pytest.raises(data.BadInput, match="has no flow of nobody"):
-        flow.main(["info", str(five / "store"), "--video", "nobody", "--picture", str(tmp_path / "p.png")])
-    with pytest.raises(data.BadInput, match="go together"):
-        flow.main(["info", str(five / "store"), "--video", "a/v0"])
-    with pytest.raises(data.BadInput, match="ends as a picture does"):
-        flow.main(["info", str(five / "store"), "--video", "a/v0", "--picture", "p.txt"])
-
-
-def test_colours():
-    """Direction is hue, stillness white."""
-    still, right, left = flow.colours(np.array([[[0, 0], [5, 0], [-5, 0]]], np.float32), 5)[0]
-    assert list(still) == [255, 255, 255] and list(right) == [0, 0, 255] and list(left) == [255, 255, 0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Real film
 # ---------------------------------------------------------------------------------------------------------------------
 def clips(folder, n):
@@ -527,7 +364,7 @@ def test_real_film(dataset, real_clips, tmp_path, monkeypatch):
     decode = data.decode
     monkeypatch.setattr(data, "decode", lambda path: itertools.islice(decode(path), 3))
     for path in clips(real_clips / dataset, 3):
-        flow.extract(path, tmp_path / "flow.avi", flow.make_settings(short_side=64))
+        extract(path, tmp_path / "flow.avi", short_side=64)
         planes = data.AviReader(tmp_path / "flow.avi").read([0, 1])
         w, h = data.AviReader(tmp_path / "flow.avi").header["source_size"]
         assert planes[0].shape == (128, round(w * 64 / h))
@@ -537,17 +374,16 @@ def test_real_film(dataset, real_clips, tmp_path, monkeypatch):
         for plane, pair in zip(planes, itertools.pairwise(greys), strict=True):
             expected = np.clip(solver.calc(*pair, None), -20, 20)
             stored = np.stack(np.split(data.dequantise(plane), 2), axis=-1)
-            assert np.abs(stored - expected).mean() < 0.06  # quantiser 0.039, JPEG the rest
+            assert np.abs(stored - expected).mean() < 0.04 + LIKE  # quantiser 0.039, JPEG the rest
 
 
 @pytest.mark.parametrize("dataset", ["ucf101", "hmdb51", "kinetics400"])
 def test_real_film_counts_what_decodes(dataset, real_clips, tmp_path, monkeypatch):
     """HMDB51's container declares a frame more than it has: the flow has one less than decode, and it is no fault."""
-    settings = flow.make_settings(short_side=16)
-    monkeypatch.setattr(flow, "fields", lambda frames, backend, **params: (
+    monkeypatch.setattr(flow_extract, "fields", lambda frames, settings: (
         np.zeros((*b.shape, 2), np.float32) for _, b in itertools.pairwise(frames)))
     for path in clips(real_clips / dataset, 2):
-        about = flow.extract(path, tmp_path / "flow.avi", settings)
+        about = extract(path, tmp_path / "flow.avi", short_side=16)
         assert len(data.AviReader(tmp_path / "flow.avi")) == sum(1 for _ in data.decode(path)) - 1
         assert flow.cut_short(path, about) is None
         if dataset == "hmdb51":

@@ -2,6 +2,7 @@
 
 The iteration amplifies rounding (frames that differ by 0.001 grey levels: 0.01 to 0.03 px). So the reference, which
 rounds otherwise, is compared after few iterations; the compiled operator, which rounds as OpenCV 5 does, after all.
+OpenCV 4 rounds its warps to 1/32 px: there both are asked for less (LIKE), and step by step nothing can be compared.
 """
 
 import itertools
@@ -17,6 +18,9 @@ import goca
 import tvl1
 
 built = pytest.mark.skipif(goca._goca is None, reason=f"the extension isn't built: {goca.BUILD}")
+FIVE = int(cv2.__version__.split(".")[0]) >= 5
+LIKE, SAME = (0.02, 1e-3) if FIVE else (0.06, 0.06)  # px on average; of small pictures, where borders count for much
+five = pytest.mark.skipif(not FIVE, reason="OpenCV 4 rounds its warps to 1/32 px")
 OPENCV = {"tau": "Tau", "lam": "Lambda", "theta": "Theta", "scales": "ScalesNumber", "warps": "WarpingsNumber",
           "epsilon": "Epsilon", "inner": "InnerIterations", "outer": "OuterIterations", "scale_step": "ScaleStep",
           "median": "MedianFiltering"}
@@ -35,11 +39,12 @@ def ours(frames, impl="compiled", **params):
 
 
 def assert_as_asked(flow, expected):
-    """Mean end-point distance below 0.02 px; 99 % of the stored 8-bit values equal or one step apart."""
+    """Mean end-point distance below 0.02 px; 99 % (OpenCV 4: 98 %) of the stored 8-bit values equal or one step
+    apart."""
     assert flow.shape == expected.shape and flow.dtype == expected.dtype
-    assert np.linalg.norm(flow - expected, axis=1).mean() < 0.02
+    assert np.linalg.norm(flow - expected, axis=1).mean() < LIKE
     steps = np.abs(data.quantise(flow).astype(int) - data.quantise(expected))
-    assert (steps <= 1).mean() > 0.99
+    assert (steps <= 1).mean() > (0.99 if FIVE else 0.98)
 
 
 def texture(h, w, seed=0, sigma=2):
@@ -114,7 +119,7 @@ def test_film(dataset, real_clips):
 
 
 @built
-@pytest.mark.skipif(int(cv2.__version__.split(".")[0]) < 5, reason="OpenCV 4 rounds its warps to 1/32 px")
+@five
 @pytest.mark.parametrize("size", [(16, 16), (33, 47), (64, 85), (67, 96), (131, 81)], ids=lambda s: f"{s[0]}x{s[1]}")
 def test_the_bits_of_opencv(size):
     """Every operation is rounded as there, but for a few pixels at the end of a row or column of its pyramid."""
@@ -131,7 +136,7 @@ def test_parameters(params):
     """Each is honoured as OpenCV honours it."""
     frames = moved(48, 60, MOTIONS["up"])
     flow = ours(frames, **params)
-    assert np.linalg.norm(flow - opencv(frames, **params), axis=1).mean() < 1e-3
+    assert np.linalg.norm(flow - opencv(frames, **params), axis=1).mean() < SAME
     assert not np.array_equal(flow, ours(frames))
 
 
@@ -141,6 +146,7 @@ def test_defaults_are_opencvs():
     assert solver.getGamma() == 0
 
 
+@five
 def test_reference_is_opencv_step_by_step():
     """Before rounding is amplified: few iterations, on every level."""
     frames = moved(48, 60, MOTIONS["turn"])
@@ -174,6 +180,17 @@ def test_batch_threads_and_runs_change_no_bit():
     assert torch.equal(tvl1.flow(films.transpose(2, 3)[:, ::2].transpose(2, 3)), tvl1.flow(films[:, ::2].contiguous()))
 
 
+@built
+def test_thousands_of_pairs():
+    frames = torch.from_numpy(np.stack([texture(18, 22, seed % 97)[seed % 3:][:15, seed % 5:][:, :17]
+                                        for seed in range(3001)]))[None]
+    few = dict(warps=1, outer=1)
+    flow = tvl1.flow(frames, **few)
+    assert flow.shape == (1, 3000, 2, 15, 17) and flow.isfinite().all()
+    for t in (0, 1499, 2999):
+        assert torch.equal(flow[:, t:t + 1], tvl1.flow(frames[:, t:t + 2], **few)) and flow[0, t].any()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available() or goca._goca is None or not goca._goca.cuda,
                     reason="no GPU, or the extension is built without CUDA kernels")
 def test_gpu_has_the_bits_of_the_cpu():
@@ -199,7 +216,7 @@ def test_tiny_frames(impl, size):
     frames = np.stack([texture(30, 50, s, sigma=1)[:size[0], :size[1]] for s in (0, 1)])
     flow = ours(frames, impl, outer=2)
     assert flow.shape == (1, 2, *size) and np.isfinite(flow).all()
-    if min(size) > 2:  # OpenCV reads beyond smaller ones
+    if min(size) > 2 and FIVE:  # OpenCV reads beyond smaller ones
         assert np.linalg.norm(flow - opencv(frames, outer=2), axis=1).mean() < 0.05
 
 

@@ -5,6 +5,7 @@ needs a GPU: speed, memory coherence, contraction by nvcc (the file forbids it),
 """
 
 import ctypes
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -70,3 +71,13 @@ def test_the_order_of_threads_changes_no_bit(kernels):
     films = torch.from_numpy(np.stack([texture(20, 46, seed=s)[:, 2:42] for s in range(3)]))[None]
     results = [kernels(films, order=order, inner=3, outer=2, warps=2) for order in (0, 1, 2, 3)]
     assert all(torch.equal(x, results[0]) for x in results[1:])
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on the PATH")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_nvcc_compiles_it_without_spills(arch, tmp_path):
+    run = subprocess.run(["nvcc", "-std=c++17", "-O3", "-cubin", f"-arch={arch}", "-Xptxas", "-v", "-o",
+                          str(tmp_path / "tvl1.cubin"), str(HERE.parent / "csrc" / "tvl1_cuda.cu")],
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert set(re.findall(r"(\d+) bytes spill stores", run.stderr)) == {"0"}, run.stderr

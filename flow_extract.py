@@ -1,0 +1,322 @@
+"""From files to stores: decoding, flow and encoding of many videos at once, each decoded once for flow and RGB.
+
+On the CPU a process does all of a video (`work`): as many at once as there are cores, nothing waits for anything.
+On a GPU (`in_batches`) processes decode, a thread or two hand the card batches of pairs of several videos, threads
+encode: all three at the same time. Both write the same bytes where the flow is the same.
+
+Files may crash or stall their decoder: that is why decoders are processes (workers.py).
+"""
+
+import itertools
+import os
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+
+import data
+from flow_solvers import fields, solver
+from workers import in_processes
+
+CHUNK = 32  # pairs that a decoder hands over at once
+BATCH = 256  # pairs that a card computes at once: 2.2 GB at 340x256, twice; halved where memory runs out
+
+
+class Job(NamedTuple):
+    path: str
+    flow: str | None  # file to write; None where that is there already
+    rgb: str | None
+
+
+class Settings(NamedTuple):
+    flow: dict  # of flow_solvers.make_settings
+    rgb: dict | None = None  # of data.rgb_settings
+    limit: int | None = None  # frames of each video, for an estimate
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One video
+# ---------------------------------------------------------------------------------------------------------------------
+def frames_of(path, about, limit=None):
+    """Yield the frames of a video, uint8 [H, W, 3] BGR.
+
+    about: a dict that is filled with the size of the frames, how many the file declares, and how many came so far.
+    Raises BadInput, naming the file, if it can't be read, changes its size or has one frame only.
+    """
+    about |= {"source": os.path.basename(path), "source_frames": 0}
+    for frame in itertools.islice(data.decode(path), limit):
+        h, w = frame.shape[:2]
+        if about["source_frames"] == 0:
+            about["source_size"] = [w, h]
+            declared = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FRAME_COUNT)
+            about["source_declared"] = max(0, int(declared))
+        elif about["source_size"] != [w, h]:
+            raise data.BadInput(f"{path} changes its size from {about['source_size']} to {[w, h]} at frame "
+                                f"{about['source_frames']}; cut it there into two videos")
+        about["source_frames"] += 1
+        yield frame
+    if about["source_frames"] == 1:
+        raise data.BadInput(f"{path} has one frame only; flow needs two")
+    about["source_bytes"] = os.path.getsize(path)
+
+
+def grey(frame, short_side):
+    """A frame as the methods take it: uint8 [H, W, 3] BGR -> [h, w], min(h, w) = `short_side` px (0: as it is)."""
+    frame = cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY)
+    h, w = frame.shape
+    scale = short_side / min(h, w) if short_side else 1
+    if scale == 1:
+        return frame
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    return cv2.resize(frame, (round(w * scale), round(h * scale)), interpolation=how)
+
+
+def read(job, settings, about, rgb_sizes):
+    """Yield the grey frames of a video; when they end, its RGB is written, if `job` wants it.
+
+    rgb_sizes: a list that gets the bytes of each RGB frame. Raises BadInput as `frames_of`, or if the RGB can't be
+    written.
+    """
+    writer = data.AviWriter(settings.rgb["quality"]) if job.rgb else None
+    for frame in frames_of(job.path, about, settings.limit):
+        if writer:
+            rgb_sizes.append(writer.add(data.shrink(frame, settings.rgb["short_side"])))
+        yield grey(frame, settings.flow["short_side"])
+    if writer:
+        writer.write(job.rgb, about)
+
+
+def extract(job, settings, tell=None):
+    """Write what `job` wants of one video (the formats: stores.py) -> the header of its files, a dict.
+
+    tell(pairs of this message, pairs expected of the video, bytes of flow, bytes of RGB): called as they come.
+    Raises BadInput, naming the file, if it can't be read, has one frame only, or the output can't be written.
+    """
+    about, rgb_sizes, writer = {}, [], data.AviWriter(settings.flow["quality"])
+    frames = read(job, settings, about, rgb_sizes)
+
+    def done(size):
+        if tell:
+            tell(1, expected(about), size, rgb_sizes[-1] if rgb_sizes else 0)
+
+    if job.flow:
+        for field in fields(frames, settings.flow):  # [h, w, 2]
+            done(writer.add(data.quantise(np.concatenate([field[..., 0], field[..., 1]]))))  # [2h, w]
+        writer.write(job.flow, {**about, "device": "cpu"})
+    else:
+        next(frames)
+        for _ in frames:
+            done(0)
+    return about
+
+
+def expected(about):
+    """Pairs that a video will have, as far as its header and what came so far tell."""
+    return max(about["source_frames"], about["source_declared"]) - 1
+
+
+def cut_short(path, about):
+    """A sentence if fewer frames decode than the file declares, else None; declarations are loose: 5 % may lack."""
+    n, declared = about["source_frames"], about["source_declared"]
+    return f"{path} is cut short: {n} of {declared} frames decode" if n < 0.95 * declared else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many videos
+# ---------------------------------------------------------------------------------------------------------------------
+def work(job, settings, tell):
+    """Work of `workers.in_processes`: all of one video -> the sentence of `cut_short`."""
+    torch.set_num_threads(1)
+    about = extract(job, settings, tell)
+    return cut_short(job.path, about) if settings.limit is None else None
+
+
+def decode(job, settings, tell):
+    """Work of `workers.in_processes`: tells (grey frames uint8 [T, h, w] or None, T pairs or T-1, pairs expected, bytes
+    of RGB), each chunk beginning with the last frame of the one before -> the header of the video's files."""
+    about, chunk, rgb_sizes = {}, [], []
+
+    def hand_over():
+        tell(np.stack(chunk) if job.flow else None, len(chunk) - 1, expected(about), sum(rgb_sizes))
+        rgb_sizes.clear()
+
+    for frame in read(job, settings, about, rgb_sizes):
+        chunk.append(frame)
+        if len(chunk) > CHUNK:
+            hand_over()
+            del chunk[:-1]
+    if len(chunk) > 1:
+        hand_over()
+    return about
+
+
+class Film:
+    """A video under way in `in_batches`."""
+
+    def __init__(self, name):
+        self.name, self.dropped = name, False
+        self.chunks, self.encoded = 0, []  # chunks that were decoded; AviWriters of those that are encoded
+        self.expected, self.rgb, self.about = 0, 0, None  # pairs; bytes of RGB not yet told; header, once decoded
+
+
+def planes(flow):
+    """Flow [P, 2, h, w] in px -> what a store keeps, uint8 [P, 2h, w]: `data.quantise`, where the flow is."""
+    return torch.clamp((flow * (127 / data.BOUND)).round() + 128, 1, 255).to(torch.uint8).flatten(1, 2)
+
+
+class Batches:
+    """The solver and encoders of `in_batches`. `put` a batch, `get` its chunks, encoded, in the same order."""
+
+    def __init__(self, settings, device, batch, threads):
+        self.solve, self.device, self.batch, self.quality = solver(settings), device, batch, settings["quality"]
+        # two on a card, each with a stream: one copies while the other computes
+        self.solvers = ThreadPoolExecutor(2 if device.type == "cuda" else 1)
+        self.encoders, self.under_way, self.streams = ThreadPoolExecutor(threads), deque(), threading.local()
+        self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+    def put(self, chunks):
+        """chunks: [(film, frames uint8 [T, h, w])] of one size."""
+        self.under_way.append((chunks, self.solvers.submit(self.compute, [frames for _, frames in chunks])))
+
+    def get(self):
+        """-> [(film, AviWriter with its frames, or a sentence why not)] of the oldest batch."""
+        chunks, future = self.under_way.popleft()
+        return [(film, piece if isinstance(piece, str) else piece.result())
+                for (film, _), piece in zip(chunks, future.result(), strict=True)]
+
+    def compute(self, chunks):
+        """Chunks, uint8 [T, h, w] -> for each a future of an AviWriter with its T-1 planes, or a sentence."""
+        frames = torch.from_numpy(np.concatenate(chunks))
+        lengths = [len(chunk) for chunk in chunks]
+        firsts = [at for end, n in zip(itertools.accumulate(lengths), lengths, strict=True)
+                  for at in range(end - n, end - 1)]
+        try:
+            if self.device.type == "cuda":
+                if not hasattr(self.streams, "own"):
+                    self.streams.own = torch.cuda.Stream(self.device)
+                with torch.cuda.stream(self.streams.own):
+                    result = self.in_parts(frames.to(self.device), torch.tensor(firsts, device=self.device))
+            else:
+                result = self.in_parts(frames, torch.tensor(firsts))
+        except torch.OutOfMemoryError:
+            h, w = frames.shape[1:]
+            return [f"has frames too large for the memory of {self.name} ({w}x{h} px); take a smaller --short-side or "
+                    f"--device cpu"] * len(chunks)
+        except Exception as e:
+            if self.device.type == "cuda":  # after a fault of the card nothing more can be computed there
+                raise data.BadInput(f"{self.name} failed ({' '.join(str(e).split())}); the same command continues, "
+                                    f"--device cpu does without it") from e
+            return [f"failed: {type(e).__name__} {' '.join(str(e).split())}"] * len(chunks)
+        pieces = result.split([n - 1 for n in lengths])
+        return [self.encoders.submit(self.encode, piece.numpy()) for piece in pieces]
+
+    def in_parts(self, frames, firsts):
+        """Planes uint8 [P, 2h, w], on the CPU, of the pairs that begin at `firsts`; out of memory, in halves."""
+        parts, at = [], 0
+        while at < len(firsts):
+            batch = self.batch
+            first = firsts[at:at + batch]
+            try:
+                parts.append(planes(self.solve(torch.stack([frames[first], frames[first + 1]], dim=1))).cpu())
+                at += len(first)
+                continue
+            except torch.OutOfMemoryError:
+                if batch == 1:
+                    raise
+            # out here nothing holds what the failed attempt allocated
+            self.batch = min(self.batch, (batch + 1) // 2)
+            print(f"\nout of memory on {self.name}: {self.batch} pairs at once from here on", flush=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return torch.cat(parts)
+
+    def encode(self, piece):
+        writer = data.AviWriter(self.quality)
+        for plane in piece:
+            writer.add(plane)
+        return writer
+
+    def write(self, job, film):
+        """The file of a video's flow, all of which is there."""
+        writer = data.AviWriter(self.quality)
+        for piece in film.encoded:
+            writer.size = piece.size
+            writer.jpegs += piece.jpegs
+        if job.flow:
+            writer.write(job.flow, {**film.about, "device": self.name})
+
+    def close(self):
+        self.solvers.shutdown(cancel_futures=True)
+        self.encoders.shutdown(cancel_futures=True)
+
+
+def in_batches(jobs, settings, workers, time_limit, device, batch):
+    """As `workers.in_processes` of `work`, with the flow of many videos computed together on `device`.
+
+    workers: processes that decode, and threads that encode. batch: pairs at once, of frames of one size. At most a few
+    batches are under way or wait for frames of their size; beyond that the decoders wait.
+    """
+    films, waiting, writing = {}, {}, deque()  # {name: Film}, {size: [(Film, chunk)]}, (Film, future of its file)
+    pool = Batches(settings.flow, device, batch, workers)
+
+    def drop(film, sentence):
+        film.dropped, film.encoded = True, []
+        return film.name, "failed", sentence
+
+    def proceed(most, wait=False):
+        """Take in what is ready, and wait until no more than `most` batches are under way and, if `wait`, all files
+        are written."""
+        while len(pool.under_way) > most or (pool.under_way and pool.under_way[0][1].done()):
+            for film, piece in pool.get():
+                if film.dropped:
+                    continue
+                if isinstance(piece, str):
+                    yield drop(film, f"{jobs[film.name].path} {piece}")
+                    continue
+                film.encoded.append(piece)
+                yield film.name, "told", (len(piece.jpegs), film.expected, sum(map(len, piece.jpegs)), film.rgb)
+                film.rgb = 0
+                write_if_whole(film)
+        while writing and (wait or writing[0][1].done()):
+            film, future = writing.popleft()
+            future.result()
+            del films[film.name]
+            yield film.name, "done", cut_short(jobs[film.name].path, film.about) if settings.limit is None else None
+
+    def write_if_whole(film):
+        if film.about and len(film.encoded) == film.chunks:
+            writing.append((film, pool.encoders.submit(pool.write, jobs[film.name], film)))
+
+    try:
+        for name, kind, value in in_processes(decode, jobs, settings, workers, time_limit):
+            film = films.setdefault(name, Film(name))
+            if film.dropped:
+                pass
+            elif kind == "failed":
+                yield drop(film, value)
+            elif kind == "done":
+                film.about = value
+                write_if_whole(film)
+            else:
+                frames, pairs, film.expected, rgb = value
+                film.rgb += rgb
+                if frames is None:  # its flow is there, only RGB was made
+                    yield name, "told", (pairs, film.expected, 0, film.rgb)
+                    film.rgb = 0
+                else:
+                    film.chunks += 1
+                    waiting.setdefault(frames.shape[1:], []).append((film, frames))
+                    if sum(len(x) - 1 for _, x in waiting[frames.shape[1:]]) >= batch:
+                        pool.put(waiting.pop(frames.shape[1:]))
+                    elif sum(len(x) - 1 for chunks in waiting.values() for _, x in chunks) >= 4 * batch:
+                        pool.put(waiting.pop(next(iter(waiting))))
+            yield from proceed(3)
+        for chunks in waiting.values():
+            pool.put(chunks)
+        yield from proceed(0, wait=True)
+    finally:
+        pool.close()
