@@ -383,7 +383,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tiny, whole, t
 def test_plan_says_what_would_be_done_and_writes_nothing(tiny, tmp_path, capsys):
     assert run(tiny, tmp_path / "run", "--plan", "--epochs", "7") == 0
     said = capsys.readouterr().out
-    assert "2 steps an epoch, 14 in all" in said and "device-hours; nothing was written" in said
+    assert "2 steps an epoch, 14 in all" in said and "process-hours; nothing was written" in said
     assert "24 prototypes, ln N = 3.178" in said and "M parameters" in said
     assert not (tmp_path / "run").exists()
 
