@@ -102,8 +102,11 @@ def load_arrays(path, kind, made_by):
 
 def save_checkpoint(path, state):
     """Write a dict of tensors and plain values; what stood at `path` stays whole until the new file is."""
-    with atomic(path) as tmp, open(tmp, "wb") as f:  # a file of Python's: a full disk is an OSError, not torch's own
-        torch.save({"kind": "checkpoint", "version": 1, **state}, f)
+    with atomic(path) as tmp, open(tmp, "wb") as f:  # a file of Python's: torch's own don't say why a write failed
+        try:
+            torch.save({"kind": "checkpoint", "version": 1, **state}, f)
+        except RuntimeError as e:  # torch, as it closes a file that could not be written
+            raise e.__context__ if isinstance(e.__context__, OSError) else e from None
 
 
 def load_checkpoint(path):

@@ -17,10 +17,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
+import torch._dynamo  # torch.optim would, in every fork
+import torch.distributed as dist
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import data
+import model
 import pretrain
+import processes
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -120,7 +124,8 @@ MOMENTS = ["before forward", "after forward", "before update", "after update", "
 def lines(out):
     """The log without what the clock says."""
     every = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("samples_per_s", "data_wait")} for line in every if "loss" in line]
+    clock = "samples_per_s", "data_wait"
+    return [{k: v for k, v in line.items() if k not in clock} for line in every if "loss" in line]
 
 
 def same(out, whole):
@@ -168,12 +173,64 @@ def kills(argv, root, count, seed):
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
+def in_double():
+    """Let all of pretrain.py compute in float64: a small network's float32 gradients have noise of some per cent."""
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    augment = data.augment
+    data.augment = lambda batch, device: augment(
+        {k: {**v, "params": v["params"].double()} if isinstance(v, dict) else v for k, v in batch.items()}, device)
+
+
+def train_in_double(argv):
+    in_double()
+    train(argv)
+
+
 def shares(argv, root, batch, worlds):
-    """The same global batches in several numbers of processes: root/1, root/2, ..."""
+    """The same global batches in several numbers of processes, in float64: root/1, root/2, ..."""
     for world in worlds:
         command = [*argv, "--batch-size", str(batch // world), "--out", f"{root}/{world}"]
-        for pid in start_ranks(world, train, command, said=f"{root}/said"):
+        for pid in start_ranks(world, train_in_double, command, said=f"{root}/said"):
             assert end(pid) == 0, "\n".join(Path(f"{root}/said{r}").read_text() for r in range(world))
+
+
+def gradients_of(method, videos):
+    """This process's part of a step of `videos` videos against the step in one process, in float64."""
+    in_double()
+    s = pretrain.arguments(["--videos", "v", "--flow", "f", "--prototypes", "p", "--out", "o", "--width", "0.125",
+                            "--hidden", "16", "--method", method])
+    rank, world, guided = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), method == "goca"
+
+    def net():
+        return model.two_view(vars(s), torch.randn(24, 16, generator=torch.Generator().manual_seed(5)))
+
+    g = torch.Generator().manual_seed(1)
+    clips = {view: torch.randn(videos, 2, c, 8, 32, 32, generator=g) for view, c in model.CHANNELS.items()}
+    one = net()
+    whole = pretrain.step_loss(one, [clips], s, guided)[0]
+    whole.backward()
+    dist.init_process_group("gloo")
+    several = processes.synchronise_batch_norm(net(), torch.device("cpu"))
+    shared = torch.nn.parallel.DistributedDataParallel(several, broadcast_buffers=False)
+    rows = [videos // world + (r < videos % world) for r in range(world)]
+    own = slice(sum(rows[:rank]), sum(rows[:rank + 1]))
+    loss = pretrain.step_loss(shared, [{k: v[own] for k, v in clips.items()}], s, guided, rows=rows)[0]
+    loss.backward()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    assert abs(mean.item() / world - whole.item()) < 1e-9 * whole.item(), (mean / world, whole)
+    largest = max(p.grad.norm() for p in one.parameters())
+    for (name, a), b in zip(one.named_parameters(), several.parameters(), strict=True):
+        # a bias before batch norm has gradient 0
+        assert (a.grad - b.grad).norm() < 1e-6 * a.grad.norm() + 1e-9 * largest, name
+    for (name, a), b in zip(one.named_buffers(), several.buffers(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-8, atol=1e-8, msg=name)
+
+
+def gradients(method, world, videos, said):
+    for rank, pid in enumerate(start_ranks(world, gradients_of, method, videos, said=said)):
+        assert end(pid) == 0, Path(f"{said}{rank}").read_text()
 
 
 def disturbed(argv, disturbance, step):
@@ -201,7 +258,7 @@ def dies_once(argv):
 
 
 def restarts(argv, whole):
-    """What `torchrun --nproc-per-node 2 --max-restarts 1` does, with processes by fork; rank 1 dies in the third step."""
+    """What `torchrun --nproc-per-node 2 --max-restarts 1` does, with forks; rank 1 dies in the third step."""
     for pid in start_ranks(2, train, [*argv, "--out", f"{whole}/whole"]):
         assert end(pid) == 0
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=1, start_method="fork",
