@@ -322,11 +322,11 @@ def train_in(device, rank, world, s):
                 if rank == 0:
                     data.save_run(out, {"settings": settings, "step": step, "model": core.state_dict(),
                                         "optimizer": optimizer.state_dict(), "log": log_state}, s.keep)
+            if world > 1 and (asked or broken):
+                dist.barrier()  # torchrun and Slurm end all once one is gone, and the first may still be saving
             if broken:
                 raise data.BadInput(broken)
             if asked:
-                if world > 1:
-                    dist.barrier()  # torchrun ends all once one is gone, and the first may still be saving
                 log.say(f"asked to stop (signal {asked}): saved step {step} of {total}; the same command continues")
                 return 128 + asked
     log.end(step)

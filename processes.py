@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import traceback
+import warnings
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -48,6 +49,8 @@ def start_processes(s):
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cpu":
         keep_memory()
+        # the strides of dimensions of size 1, which nothing reads
+        warnings.filterwarnings("ignore", "(?s).*Grad strides do not match bucket view strides")
     if kind == "cuda":
         torch.cuda.set_device(device)
     world = int(os.environ.get("WORLD_SIZE", 1))

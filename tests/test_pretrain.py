@@ -327,7 +327,13 @@ def test_plan_says_what_would_be_done_and_writes_nothing(tiny, tmp_path, capsys)
     assert run(tiny, tmp_path / "run", "--plan", "--epochs", "7") == 0
     said = capsys.readouterr().out
     assert "2 steps an epoch, 14 in all" in said and "process-hours; nothing was written" in said
-    assert "24 prototypes, ln N = 3.178" in said and "M parameters" in said
+    compiled = goca._compiled("auto", torch.device("cpu"))
+    for words in ("goca on ucf101 in", "20 videos (0 listed but absent, 0 that do not decode, 0 without flow)",
+                  "both views of 2 crops of 8 and 1 of 8 frames, 32 px", "M parameters, float32 on 1 x cpu, ",
+                  "24 prototypes, ln N = 3.178; batch 10 x 1", "(7 epochs, 0 videos left out of each)",
+                  "learning rate (lars): 4.8 at a batch of 640, scaled by sqrt(10/640); 0.0375 -> 0.6 in 1 epochs",
+                  "assignment and loss: " + ("compiled for cpu" if compiled else "PyTorch reference")):
+        assert words in said
     assert not (tmp_path / "run").exists()
 
 
@@ -338,12 +344,64 @@ def test_collapse_is_said(tiny, tmp_path, capsys, monkeypatch):
     assert said.count("the loss is still ln N = 3.178") == 2  # steps 3 and 4, after the warm-up
 
 
-@pytest.mark.parametrize("preset", sorted(p.name for p in (ROOT / "presets").iterdir()))
+@pytest.mark.parametrize("preset", sorted(p.name for p in (ROOT / "presets").iterdir() if not p.suffix))
 def test_presets_are_read(tiny, preset):
     s = pretrain.arguments([f"@{ROOT / 'presets' / preset}", "--videos", "v", "--flow", "f", "--prototypes", "p",
                             "--out", "o", "--epochs", "3"])
     assert s.epochs == 3 and s.size == {"cpu": 32, "ucf101-r2plus1d18": 112}.get(preset, 128)
     assert s.arch == ("r2plus1d18" if preset in ("cpu", "ucf101-r2plus1d18") else "s3d")
+
+
+def test_the_plan_names_a_rate_that_was_given():
+    s = settings(lr=0.5, batch_size=10)
+    assert "--lr 0.5;" in pretrain.rate_rule(s, 10) and "0.5 in" in pretrain.rate_rule(s, 10)
+
+
+def test_tensorboard_has_the_numbers_of_the_log(tiny, tmp_path, monkeypatch):
+    """Or a sentence where it is not installed; a run that goes on hides what it does again."""
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        with pytest.raises(data.BadInput, match=r"--tensorboard needs the package .*pip install tensorboard"):
+            run(tiny, tmp_path / "run", "--tensorboard")
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    real = pretrain.step_loss
+    with monkeypatch.context() as patch:
+        steps = iter(range(1, 10))
+        patch.setattr(pretrain, "step_loss", lambda *args: real(*args) if next(steps) < 4 else sys.exit(1))
+        with pytest.raises(SystemExit):
+            run(tiny, tmp_path / "run", "--tensorboard")  # saved after 2 steps, written after 3
+    assert run(tiny, tmp_path / "run", "--tensorboard") == 0
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    lines = log(tmp_path / "run")
+    for name in ("loss", "lr", "rank", "samples_per_s"):
+        assert [e.step for e in events.Scalars(name)] == [1, 2, 3, 4]
+        written = [line[name] for line in lines if "loss" in line]
+        assert [e.value for e in events.Scalars(name)] == pytest.approx(written)
+
+
+SLURM = """#!/bin/bash
+case $(basename $0) in
+    scontrol) echo "scontrol $@" >> {said}; echo first; echo second ;;
+    srun) for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "${{@:2}}"; status=$?; done; exit $status ;;
+    *) echo "$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR:$MASTER_PORT $@" >> {said}; exit {status} ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("status", "again"), [(0, False), (2, False), (75, True), (138, True)])
+def test_the_slurm_script_starts_a_process_a_gpu_and_itself_again(tmp_path, status, again):
+    said = tmp_path / "said"
+    for name in ("srun", "scontrol", "interpreter"):
+        (tmp_path / name).write_text(SLURM.format(said=said, status=status))
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "interpreter", "SLURM_JOB_ID": "70007",
+                   "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    done = subprocess.run(["bash", ROOT / "presets" / "slurm.sh", "@presets/one-gpu", "--out", "a b"], env=environment)
+    assert done.returncode == status
+    assert said.read_text().splitlines() == [
+        "scontrol show hostnames n[1-2]", "0/2 0/2 first:30007 pretrain.py @presets/one-gpu --out a b",
+        "1/2 1/2 first:30007 pretrain.py @presets/one-gpu --out a b",
+        *(["scontrol requeue 70007"] if again else [])]
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
