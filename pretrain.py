@@ -108,6 +108,12 @@ def step_loss(net, clips, s, guided, frozen=None, rows=None):
     return loss * (m * world / sum(rows)), batch_scores, batch_features
 
 
+def precision(device):
+    """What the networks compute in: bfloat16 on a GPU, float32 on a CPU, where bfloat16 has errors (torch 2.13:
+    Conv3d of kernel (3, 1, 1) on 2 frames, which S3D's last blocks see). Assignment and loss are float32 anyway."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 @torch.no_grad()
 def describe(log_d, features):
     """What to watch besides the loss: log D [G, A, M, N], unit features [G, A, M, d] -> dict of numbers."""
@@ -287,7 +293,7 @@ def train_in(device, rank, world, s):
                 group["lr"] = learning_rate(step, per_epoch, s)
             guided, frozen = phase(step, per_epoch, s)
             rows = batches.rows(step)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with precision(device):
                 clips = data.augment(batch, device)
                 loss, batch_scores, batch_features = step_loss(net, clips, s, guided, frozen, rows)
             together = min(s.accumulate, total - step // s.accumulate * s.accumulate)  # the last step may be of fewer

@@ -59,7 +59,7 @@ def step(device, videos):
         return loss.detach()
 
     def ours():
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with pretrain.precision(device):
             loss, *_ = pretrain.step_loss(fast, fast_clips, s, True)
         loss.backward()
         fast_optimizer.step()

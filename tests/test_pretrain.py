@@ -1,5 +1,6 @@
 """The training loop: its mathematics against the formulas, its runs against themselves."""
 
+import copy
 import json
 import math
 import os
@@ -118,6 +119,24 @@ def test_vicc_predicts_each_assignment_from_all_other_crops():
     moved = {view: sum(p.grad is not None and bool(p.grad.any()) for p in net.backbones[view].parameters())
              for view in model.VIEWS}
     assert moved["flow"] == 0 < moved["rgb"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_gradients_are_right_in_the_default_precision(device):
+    """In a block of S3D that sees 2 frames, as its last ones do on clips of 16, against float64."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    torch.manual_seed(1)  # no input of a ReLU so near 0 that rounding changes its side
+    net, x = model.Inception(32, 16, 16, 24, 8, 16, 16), torch.randn(8, 32, 2, 5, 5)
+    weight = torch.randn(8, 72, 2, 5, 5)
+    exact, net = copy.deepcopy(net).double(), net.to(device, memory_format=torch.channels_last_3d)
+    with pretrain.precision(torch.device(device)):
+        out = net(x.to(device, memory_format=torch.channels_last_3d))
+    (out * weight.to(device)).sum().backward()
+    (exact(x.double()) * weight).sum().backward()
+    for (name, a), b in zip(exact.named_parameters(), net.parameters(), strict=True):
+        error = (a.grad - b.grad.cpu()).norm() / a.grad.norm()
+        assert a.ndim == 1 or error < (1e-3 if device == "cpu" else 0.2), f"{name}: {error}"
 
 
 def test_vicc_views_take_turns():
