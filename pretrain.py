@@ -41,6 +41,7 @@ from training import (
     gather_rows,
     is_lost,
     learning_rate,
+    place,
     start_processes,
     synchronise_batch_norm,
 )
@@ -202,12 +203,12 @@ def out_of_memory(s, error):
 def train(s):
     """Pre-train with settings `s` (see `arguments`) -> exit status: 0 done, 128 + signal if asked to stop, LOST where
     other processes ended or hung."""
-    device, rank, world = start_processes(s)
     try:
-        return train_in(device, rank, world, s)
+        return train_in(*start_processes(s), s)
     except (RuntimeError, MemoryError) as e:
         if sentence := out_of_memory(s, e):
             raise data.BadInput(sentence) from e
+        rank, world = place()
         if world == 1 or not is_lost(e):
             raise
         why = (str(e).strip().splitlines() or [""])[0]

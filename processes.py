@@ -53,12 +53,29 @@ def start_processes(s):
         warnings.filterwarnings("ignore", "(?s).*Grad strides do not match bucket view strides")
     if kind == "cuda":
         torch.cuda.set_device(device)
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = place()
     if world > 1:
         limit = getattr(s, "timeout", None)
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo",
+        where = _fresh_store(rank, world)
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", **where,
                                 timeout=None if limit is None else timedelta(seconds=2 * limit))
-    return device, int(os.environ.get("RANK", 0)), world
+    return device, rank, world
+
+
+def place():
+    """(rank, world) as the launcher says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _fresh_store(rank, world):
+    """Where the processes of a second start on one machine meet: without --standalone torchrun hands them the store of
+    the first one, in which they would find the addresses of dead processes (torch 2.13)."""
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1"
+    if start == "0" or not agent:
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return {"store": dist.PrefixStore(f"start {start}", store), "rank": rank, "world_size": world}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from processes import (  # noqa: F401  (the stages' door to it)
     Watchdog,
     gather_rows,
     is_lost,
+    place,
     start_processes,
     synchronise_batch_norm,
 )

@@ -59,11 +59,15 @@ def end(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def start_ranks(world, function, *args, said=None):
-    """Start function(*args) in `world` processes of one group -> pids; rank r prints to said + r."""
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        return s.getsockname()[1]
+
+
+def start_ranks(world, function, *args, said=None):
+    """Start function(*args) in `world` processes of one group -> pids; rank r prints to said + r."""
+    port = free_port()
     return [fork(function, *args, said=said and f"{said}{rank}", RANK=str(rank), WORLD_SIZE=str(world),
                  LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(world)]
 
@@ -262,7 +266,8 @@ def restarts(argv, whole):
     for pid in start_ranks(2, train, [*argv, "--out", f"{whole}/whole"]):
         assert end(pid) == 0
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=1, start_method="fork",
-                          rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="test", monitor_interval=0.1)
+                          rdzv_backend="static", rdzv_endpoint=f"127.0.0.1:{free_port()}", rdzv_configs={"rank": 0},
+                          run_id="test", monitor_interval=0.1)
     elastic_launch(config, dies_once)([*argv, "--out", f"{whole}/restarted"])
     same(f"{whole}/restarted", f"{whole}/whole")
     headers = [line for line in Path(f"{whole}/restarted/log.jsonl").read_text().splitlines() if "command" in line]

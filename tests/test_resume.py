@@ -69,7 +69,8 @@ def test_batches_keep_the_uneven_rest():
 
 
 def test_a_dying_process_under_torchrun_is_started_again_and_nothing_is_lost(tiny, forked, tmp_path):
-    forked("restarts", argv=command(tiny, "--batch-size", "4", "--epochs", "2"), whole=tmp_path)
+    forked("restarts", argv=command(tiny, "--batch-size", "4", "--epochs", "2", "--timeout", "20"),
+           whole=tmp_path)
 
 
 @pytest.mark.parametrize(("disturbance", "status", "words"), [
