@@ -211,7 +211,7 @@ def train(s):
         rank, world = place()
         if world == 1 or not is_lost(e):
             raise
-        why = (str(e).strip().splitlines() or [""])[0]
+        why = (str(e).strip().splitlines() or [""])[0].split(". This is typically")[0]  # gloo's advice
         print(f"error: process {rank} lost the others ({why}): one ended, or hung for longer than --timeout "
               f"{s.timeout:g} s; look for its message. The same command continues from the last checkpoint",
               file=sys.stderr, flush=True)

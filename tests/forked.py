@@ -257,7 +257,8 @@ def disturb(argv, said, disturbance, step, status):
 def dies_once(argv):
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         in_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    sys.argv = ["pretrain.py", *argv]
+    if os.environ["RANK"] == "0" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "1":
+        time.sleep(1)  # until the other has looked where to meet
     pretrain.train(pretrain.arguments(argv))
 
 
