@@ -433,6 +433,19 @@ def test_changed_settings_are_refused_on_resume(tiny, whole, tmp_path):
         run(tiny, whole, "--prototypes", str(wide))
 
 
+def test_settings_that_may_change_are_listed_when_they_do(tiny, whole, tmp_path, capsys):
+    """Also the videos' number, which may not: the steps of an epoch hang on it."""
+    assert run(tiny, whole, "--log-every", "2", "--timeout", "50") == 0
+    said = capsys.readouterr().out
+    assert "changed since the run began: " in said and "log_every 1 -> 2" in said and "timeout 600 -> 50.0" in said
+    (tmp_path / "run").mkdir()
+    state = data.load_checkpoint(whole)
+    state["settings"]["train_videos"] = 21
+    data.save_run(tmp_path / "run", state, 1)
+    with pytest.raises(data.BadInput, match=r"other settings \(train_videos 21 -> 20\)"):
+        run(tiny, tmp_path / "run")
+
+
 @pytest.mark.parametrize(("more", "words"), [
     (["--batch-size", "21"], "more than the 20 videos"), (["--lambda1", "0"], "--lambda1 0.0: must be above 0"),
     (["--prototypes", "absent.npz"], "absent.npz doesn't exist; make it with: python prototypes.py"),
