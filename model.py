@@ -30,11 +30,59 @@ def scaled(channels, width):
     return channels if width == 1 else max(8, round(channels * width / 8) * 8)
 
 
+# On a CPU, oneDNN's 2-D kernels are faster than its 3-D ones, and torch has slow fall-backs in three dimensions only
+# (1 x 1 kernels of less than 16 clips in one thread; gradients of pooling, which come in another order of memory).
+# Channels last in memory, frames fold into the batch, and rows into columns, without moving a byte.
+def folds(x):
+    """Whether the two folds below are views."""
+    return x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def in_space(f, x):
+    """f on each frame: [B, C, T, H, W] -> f([B T, C, H, W]) -> [B, C', T, H', W']."""
+    return f(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+def in_time(f, x):
+    """f along time, each pixel a column: [B, C, T, H, W] -> f([B, C, T, H W]) -> [B, C', T', H, W]."""
+    return f(x.flatten(3)).unflatten(3, x.shape[3:])
+
+
+class Conv3d(nn.Conv3d):
+    """nn.Conv3d without bias, whose kernels in space or in time alone are 2-D convolutions on a CPU."""
+
+    def __init__(self, cin, cout, kernel, stride, padding):
+        super().__init__(cin, cout, kernel, stride, padding, bias=False)
+
+    def forward(self, x):
+        (kt, kh, kw), (st, sh, sw), (pt, ph, pw), w = self.kernel_size, self.stride, self.padding, self.weight
+        if folds(x) and kt == st == 1:
+            return in_space(lambda y: F.conv2d(y, w.squeeze(2), None, (sh, sw), (ph, pw)), x)
+        if folds(x) and kh == kw == sh == sw == 1:
+            return in_time(lambda y: F.conv2d(y, w.squeeze(4), None, (st, 1), (pt, 0)), x)
+        return super().forward(x)
+
+
+class MaxPool3d(nn.Module):
+    """nn.MaxPool3d; on a CPU first in space, then in time. Ties fall to the same element."""
+
+    def __init__(self, kernel, stride, padding):
+        super().__init__()
+        self.kernel, self.stride, self.padding = kernel, stride, padding
+
+    def forward(self, x):
+        (kt, *k), (st, *s), (pt, *p) = self.kernel, self.stride, self.padding
+        if not folds(x):
+            return F.max_pool3d(x, self.kernel, self.stride, self.padding)
+        x = in_space(lambda y: F.max_pool2d(y, k, s, p), x)
+        return x if kt == st == 1 else in_time(lambda y: F.max_pool2d(y, (kt, 1), (st, 1), (pt, 0)), x)
+
+
 class ConvBNReLU(nn.Sequential):
     """Convolution without bias, batch norm, ReLU."""
 
     def __init__(self, cin, cout, kernel, stride=(1, 1, 1), padding=(0, 0, 0), relu=True):
-        layers = [nn.Conv3d(cin, cout, kernel, stride, padding, bias=False), nn.BatchNorm3d(cout)]
+        layers = [Conv3d(cin, cout, kernel, stride, padding), nn.BatchNorm3d(cout)]
         super().__init__(*layers, *([nn.ReLU(inplace=True)] if relu else []))
 
 
@@ -58,7 +106,7 @@ class Inception(nn.Module):
         self.branch0 = ConvBNReLU(cin, b0, 1)
         self.branch1 = nn.Sequential(ConvBNReLU(cin, b1a, 1), SeparableConv(b1a, b1b, 3))
         self.branch2 = nn.Sequential(ConvBNReLU(cin, b2a, 1), SeparableConv(b2a, b2b, 3))
-        self.branch3 = nn.Sequential(nn.MaxPool3d(3, 1, 1), ConvBNReLU(cin, b3, 1))
+        self.branch3 = nn.Sequential(MaxPool3d((3, 3, 3), (1, 1, 1), (1, 1, 1)), ConvBNReLU(cin, b3, 1))
         self.channels = b0 + b1b + b2b + b3
 
     def forward(self, x):
@@ -83,14 +131,14 @@ class S3D(nn.Module):
     def __init__(self, in_channels=3, width=1.0):
         super().__init__()
         c64, c192 = scaled(64, width), scaled(192, width)
-        layers = [SeparableConv(in_channels, c64, 7, stride=2), nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
+        layers = [SeparableConv(in_channels, c64, 7, stride=2), MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
                   ConvBNReLU(c64, c64, 1), SeparableConv(c64, c192, 3),
-                  nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))]
+                  MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))]
         c = c192
         for block in self.BLOCKS:
             if block[0] == "pool":
                 k = block[1]
-                layers.append(nn.MaxPool3d(k, 2, 1 if k == 3 else 0))
+                layers.append(MaxPool3d((k, k, k), (2, 2, 2), (1 if k == 3 else 0,) * 3))
             else:
                 layers.append(Inception(c, *(scaled(b, width) for b in block)))
                 c = layers[-1].channels

@@ -32,19 +32,23 @@ import goca
 import model
 from training import (
     LARS,
+    LOST,
     Log,
     Stop,
+    Watchdog,
     commit,
     drop_if_not_finite,
     gather_rows,
+    is_lost,
     learning_rate,
+    place,
     start_processes,
     synchronise_batch_norm,
 )
 
 # settings that may change on resume
 FREE = {"device", "workers", "cache", "log_every", "save_every", "videos", "splits", "flow", "rgb", "prototypes", "out",
-        "index", "time_limit", "max_faults", "keep", "plan", "compile", "recompute"}
+        "index", "time_limit", "max_faults", "keep", "plan", "compile", "recompute", "timeout", "tensorboard"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,17 +83,21 @@ def phase(step, per_epoch, s):
     return s.method == "goca" and epoch >= s.guide_start, frozen
 
 
-def step_loss(net, clips, s, guided, frozen=None):
-    """Loss of one step on this process's videos (Eqs. 12, 13).
+def step_loss(net, clips, s, guided, frozen=None, rows=None):
+    """Loss of one step on this process's videos (Eqs. 12, 13); its mean over processes is that over all samples.
 
+    rows: the number of videos of each process (default: as many as here).
     -> scalar, scores of the assigning crops [G, 2, M, N], their features [G, 2, M, d], both of the whole batch.
     """
     core = net.module if isinstance(net, nn.parallel.DistributedDataParallel) else net
     features = net(clips, frozen)  # [G, V, m, d]
     scores = core.scores(features)  # [G, V, m, N]
-    batch_features = gather_rows(features[:, :2])  # of all processes
+    batch_features = gather_rows(features[:, :2], rows)  # of all processes
     batch_scores = core.scores(batch_features).detach()
-    m, first = features.shape[2], features.shape[2] * (dist.get_rank() if dist.is_initialized() else 0)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    m = features.shape[2]
+    rows = rows or [m] * world
+    first = sum(rows[:rank])
     if guided:
         loss = goca.guided_loss(scores, n_assign=2, lambda1=s.lambda1, lambda2=s.lambda2, temperature=s.temperature,
                                 iters=s.iters, prior_sign=s.prior_sign, batch_scores=batch_scores, first_row=first,
@@ -98,7 +106,13 @@ def step_loss(net, clips, s, guided, frozen=None):
         own = assign(batch_scores, s, guided)[:, :, first:first + m]
         loss = (cross_view_loss(scores, own, s.temperature) if s.method == "vicc" else
                 goca.swapped_loss(scores, own, s.temperature, check_finite=False))
-    return loss, batch_scores, batch_features
+    return loss * (m * world / sum(rows)), batch_scores, batch_features
+
+
+def precision(device):
+    """What the networks compute in: bfloat16 on a GPU, float32 on a CPU, where bfloat16 has errors (torch 2.13:
+    Conv3d of kernel (3, 1, 1) on 2 frames, which S3D's last blocks see). Assignment and loss are float32 anyway."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 @torch.no_grad()
@@ -126,44 +140,19 @@ def make_optimizer(net, s):
 # ---------------------------------------------------------------------------------------------------------------------
 # Resume
 # ---------------------------------------------------------------------------------------------------------------------
-def save(out, state, keep):
-    """Write RUN/checkpoint.pt; the `keep` - 1 before it are checkpoint.1.pt (the newest), checkpoint.2.pt, ..."""
-    before = [out / "checkpoint.pt", *(out / f"checkpoint.{k}.pt" for k in range(1, keep))]
-    for older, newer in reversed(list(zip(before[1:], before, strict=False))):
-        if newer.exists():
-            older.unlink(missing_ok=True)
-            os.link(newer, older)  # checkpoint.pt stands until the new one replaces it
-    data.save_checkpoint(before[0], state)
-
-
-def last_good(out):
-    """The newest checkpoint of a run that can be read, or None. A damaged one is named and the one before is taken.
-
-    Raises BadInput if all that are there are damaged.
-    """
-    files = [out / "checkpoint.pt", *sorted(out.glob("checkpoint.*.pt"), key=lambda p: int(p.suffixes[0][1:]))]
-    files = [f for f in files if f.exists()]
-    for file in files:
-        try:
-            return data.load_checkpoint(file)
-        except data.BadInput as e:
-            if file == files[-1]:
-                raise
-            print(f"warning: {e}; taking the checkpoint before it", file=sys.stderr)
-    return None
-
-
 def resume(out, settings, net, optimizer, say):
-    """Continue from the run's last good checkpoint -> the next step; says which settings changed.
+    """Continue from the run's last good checkpoint -> the next step, the log's state; says which settings changed.
 
     Raises BadInput where they do not allow it.
     """
-    state = last_good(out)
+    state = data.last_checkpoint(out)
     if state is None:
-        return 0
+        return 0, None
     old = state["settings"]
-    changed = {k: (old.get(k), v) for k, v in settings.items() if old.get(k) != v}
-    broken = {k: v for k, v in changed.items() if k not in FREE}
+    changed = {k: (old[k], v) for k, v in settings.items() if k in old and old[k] != v}
+    # a process's share of the same whole batch is free, where batch norm does not tell
+    free = FREE | {"batch_size"} if settings["sync_batch_norm"] and "global_batch" not in changed else FREE
+    broken = {k: v for k, v in changed.items() if k not in free}
     if broken:
         what = ", ".join(f"{k} {a} -> {b}" for k, (a, b) in broken.items())
         raise data.BadInput(f"{out} was trained with other settings ({what}); give another --out, or these as before")
@@ -174,15 +163,66 @@ def resume(out, settings, net, optimizer, say):
         say(f"changed since the run began: {', '.join(f'{k} {a} -> {b}' for k, (a, b) in changed.items())}")
     net.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    return state["step"], state.get("log")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
+def rate_rule(s, batch):
+    """The learning rate in words, for the plan."""
+    rule = f"--lr {s.lr:.4g}"
+    if s.optimizer == "lars" and s.lr == scaled_rate(batch):
+        rule = f"4.8 at a batch of 640, scaled by sqrt({batch}/640)"
+    return (f"learning rate ({s.optimizer}): {rule}; {s.lr_start:.4g} -> {s.lr:.4g} in {s.warmup_epochs} epochs, then "
+            f"a cosine to {s.lr_end:.4g}")
+
+
+def scaled_rate(batch):
+    """The paper's learning rate, 4.8 for 640 videos, for other batches."""
+    return 4.8 * math.sqrt(batch / 640)
+
+
+def crops_of(s):
+    return f"2 crops of {s.frames} and {s.short_crops} of {s.short_frames} frames, {s.size} px"
+
+
+def out_of_memory(s, error):
+    """The sentence for a lack of memory, or None if it is something else."""
+    words = str(error).strip().splitlines() or [""]
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in words[0]:
+        return (f"out of memory ({words[0]}) with --batch-size {s.batch_size}, each video in both views of "
+                f"{crops_of(s)}. What helps: --recompute (a third more time, the same result), --batch-size "
+                f"{max(1, s.batch_size // 2)} --accumulate {2 * s.accumulate} (each half is assigned by itself; a new "
+                f"run), fewer --short-crops, --short-frames or --frames, a smaller --size")
+    if "DataLoader worker" in words[0]:
+        return f"a loader process ended ({words[0]}), most likely for want of memory: fewer --workers, and no --cache"
+    return None
+
+
 def train(s):
-    """Pre-train with settings `s` (see `arguments`) -> exit status: 0 done, 128 + signal if asked to stop."""
-    device, rank, world = start_processes(s)
+    """Pre-train with settings `s` (see `arguments`) -> exit status: 0 done, 128 + signal if asked to stop, LOST where
+    other processes ended or hung."""
+    try:
+        return train_in(*start_processes(s), s)
+    except (RuntimeError, MemoryError) as e:
+        if sentence := out_of_memory(s, e):
+            raise data.BadInput(sentence) from e
+        rank, world = place()
+        if world == 1 or not is_lost(e):
+            raise
+        why = (str(e).strip().splitlines() or [""])[0].split(". This is typically")[0]  # gloo's advice
+        print(f"error: process {rank} lost the others ({why}): one ended, or hung for longer than --timeout "
+              f"{s.timeout:g} s; look for its message. The same command continues from the last checkpoint",
+              file=sys.stderr, flush=True)
+        return LOST
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train_in(device, rank, world, s):
+    """`train` in a process of a group."""
     out = Path(s.out)
 
     # --- data -------------------------------------------------------------------------------------------------------
@@ -206,10 +246,14 @@ def train(s):
     if world > 1 and s.sync_batch_norm:
         core = synchronise_batch_norm(core, device)
     optimizer = make_optimizer(core, s)
-    settings = {**vars(s), "global_batch": s.batch_size * world, "flow_header": store.header}
+    settings = {**vars(s), "global_batch": s.batch_size * world, "flow_header": store.header,
+                "train_videos": len(videos)}
     say = print if rank == 0 else lambda *_: None
-    step = resume(out, settings, core, optimizer, say)
-    batches = data.Batches(len(videos), s.batch_size, s.epochs, s.seed, rank, world, start=step)
+    if rank == 0:
+        for left in out.glob(".tmp-*"):  # by a process that was killed while it wrote
+            left.unlink(missing_ok=True)
+    step, log_state = resume(out, settings, core, optimizer, say)
+    batches = data.Batches(len(videos), s.batch_size, s.epochs, s.seed, rank, world, start=step, keep_last=s.keep_last)
     per_epoch, total = batches.steps_per_epoch, batches.steps_per_epoch * s.epochs
     # one pass over the batches of all epochs: the workers live as long as the run, each two batches ahead
     loader = DataLoader(clips, batch_sampler=batches, num_workers=s.workers, pin_memory=device.type == "cuda",
@@ -223,34 +267,40 @@ def train(s):
                                                   broadcast_buffers=False, find_unused_parameters=s.method == "vicc")
 
     # --- plan -------------------------------------------------------------------------------------------------------
-    n = len(core.prototypes)
-    operator = "compiled" if goca._compiled("auto", device) else "PyTorch reference"
-    say(f"{s.method}: {len(videos)} videos ({len(found.absent)} listed but absent, {len(found.faulty)} that do not "
-        f"decode, {len(found.videos) - len(videos)} without flow{' or RGB' if rgb else ''}); both views of "
-        f"2 crops of {s.frames} and {s.short_crops} of {s.short_frames} frames, {s.size} px\n"
+    n, batch = len(core.prototypes), s.batch_size * world
+    operator = f"compiled for {device.type}" if goca._compiled("auto", device) else "PyTorch reference"
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    rest = f"and one of {batches.rest}" if batches.rest else f"{len(videos) % batch} videos left out of each"
+    say(f"{s.method} on {s.dataset} in {s.videos}: {len(videos)} videos ({len(found.absent)} listed but absent, "
+        f"{len(found.faulty)} that do not decode, {len(found.videos) - len(videos)} without "
+        f"flow{' or RGB' if rgb else ''}); both views of {crops_of(s)}\n"
         f"{s.arch}, width {s.width:g}, {sum(p.numel() for p in core.parameters()) / 1e6:.2f} M parameters, "
-        f"{'bfloat16, assignment and loss float32' if device.type == 'cuda' else 'float32'} on {world} x {device}; "
+        f"{'bfloat16, assignment and loss float32' if device.type == 'cuda' else 'float32'} on {world} x {kind}; "
         f"assignment and loss: {operator}\n"
         f"{n} prototypes, ln N = {math.log(n):.3f}; batch {s.batch_size} x {world}"
-        f"{f' x {s.accumulate} accumulated' if s.accumulate > 1 else ''}, {per_epoch} steps an epoch, {total} in all\n"
-        f"learning rate ({s.optimizer}) {s.lr_start:.4g} -> {s.lr:.4g} -> {s.lr_end:.4g}"
-        + (f"; continuing at step {step}" if step else ""))
+        f"{f' x {s.accumulate} accumulated' if s.accumulate > 1 else ''}, {per_epoch} steps an epoch, {total} in all "
+        f"({s.epochs} epochs, {rest})\n"
+        f"{rate_rule(s, batch * s.accumulate)}" + (f"; continuing at step {step}" if step else ""))
 
     # --- loop -------------------------------------------------------------------------------------------------------
-    log = Log(out, s, rank, world, step, total, per_epoch, math.log(n))
+    log = Log(out, s, rank, world, step, total, per_epoch, math.log(n), log_state)
     if not s.plan:
         log.start({"command": sys.argv, "commit": commit(), "torch": torch.__version__, "step": step,
                    "ln_n": math.log(n), "videos": len(videos), "settings": settings})
     net.train()
     due = False  # a checkpoint
-    with Stop() as stop:
+    advice = "A process that hangs holds up all; the same command continues from the last checkpoint"
+    with Stop() as stop, Watchdog(s.timeout if world > 1 else math.inf, rank, step, advice) as watchdog:
         for batch in log.timed(loader):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, per_epoch, s)
             guided, frozen = phase(step, per_epoch, s)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss, batch_scores, batch_features = step_loss(net, data.augment(batch, device), s, guided, frozen)
-            (loss / s.accumulate).backward()
+            rows = batches.rows(step)
+            with precision(device):
+                clips = data.augment(batch, device)
+                loss, batch_scores, batch_features = step_loss(net, clips, s, guided, frozen, rows)
+            together = min(s.accumulate, total - step // s.accumulate * s.accumulate)  # the last step may be of fewer
+            (loss / together).backward()
             step += 1
             whole = step % s.accumulate == 0 or step == total  # else more gradients are to come
             finite = loss.detach().isfinite()
@@ -259,15 +309,17 @@ def train(s):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 core.renormalise()
-            log.add(loss, finite, batch["fault"])
+            log.add(loss, finite, batch["fault"], sum(rows))
+            watchdog.beat(step)
             if s.plan:
-                if log.planned(step):
+                if log.planned(step, device.type):
                     return 0
                 continue
 
             logging = step % s.log_every == 0 or step == total
             due = due or step % (s.save_every * per_epoch) == 0 or step == total
-            asked = stop.asked(device, world) if whole and (world == 1 or logging) else 0
+            # to agree on a signal is cheap on a CPU, but on a GPU the host would wait for it
+            asked = stop.asked(device, world) if whole and (device.type == "cpu" or world == 1 or logging) else 0
             if logging:
                 log.check_finite(step)
                 log.line(step, {"lr": learning_rate(step - 1, per_epoch, s), "guided": guided,
@@ -275,18 +327,18 @@ def train(s):
             broken = log.too_many_faults(len(videos)) if whole and (world == 1 or logging) else None
             if whole and (due or asked or broken):
                 log.check_finite(step)
-                due = False
+                due, log_state = False, log.state()
                 if rank == 0:
-                    save(out, {"settings": settings, "step": step, "model": core.state_dict(),
-                               "optimizer": optimizer.state_dict()}, s.keep)
+                    data.save_run(out, {"settings": settings, "step": step, "model": core.state_dict(),
+                                        "optimizer": optimizer.state_dict(), "log": log_state}, s.keep)
+            if world > 1 and (asked or broken):
+                dist.barrier()  # torchrun and Slurm end all once one is gone, and the first may still be saving
             if broken:
                 raise data.BadInput(broken)
             if asked:
                 log.say(f"asked to stop (signal {asked}): saved step {step} of {total}; the same command continues")
                 return 128 + asked
     log.end(step)
-    if world > 1:
-        dist.destroy_process_group()
     return 0
 
 
@@ -333,6 +385,7 @@ def arguments(argv=None):
     g.add_argument("--sync-batch-norm", action=argparse.BooleanOptionalAction, default=True,
                    help="statistics of the whole batch, not of a process's part")
     g.add_argument("--accumulate", type=int, default=1, help="batches whose gradients make one step")
+    g.add_argument("--keep-last", action="store_true", help="train on what does not fill an epoch's last batch, too")
     g.add_argument("--epochs", type=int, default=500)
     g.add_argument("--warmup-epochs", type=int, default=10)
     g.add_argument("--lr", type=float, help="default: 4.8 sqrt(batch/640); adamw 0.001")
@@ -351,8 +404,10 @@ def arguments(argv=None):
     g.add_argument("--index", help="file of videos.py: leave out what it found not to decode")
     g.add_argument("--time-limit", type=float, default=60, help="seconds for one video's clips")
     g.add_argument("--max-faults", type=float, default=0.01, help="share of unreadable videos at which the run stops")
+    g.add_argument("--timeout", type=float, default=600, help="of several processes: seconds for a step")
     g.add_argument("--cache", action="store_true", help="keep decoded videos in memory, once a loader process")
     g.add_argument("--log-every", type=int, default=20, help="steps")
+    g.add_argument("--tensorboard", action="store_true", help="the log's numbers in RUN/tensorboard, too")
     g.add_argument("--save-every", type=int, default=1, help="epochs")
     g.add_argument("--keep", type=int, default=2, help="checkpoints, the newest among them")
     s = p.parse_args(argv)
@@ -360,7 +415,7 @@ def arguments(argv=None):
     world = int(os.environ.get("WORLD_SIZE", 1))
     for name in ("lambda1", "temperature", "iters", "width", "hidden", "frames", "short_frames", "stride", "size",
                  "batch_size", "epochs", "log_every", "save_every", "time_limit", "accumulate",
-                 "alternate", "keep"):
+                 "alternate", "keep", "timeout"):
         if getattr(s, name) <= 0:
             raise data.BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: must be above 0")
     for name in ("lambda2", "guide_start", "short_crops", "warmup_epochs", "max_faults"):
@@ -373,7 +428,7 @@ def arguments(argv=None):
     if not 1 <= s.scale[0] <= s.scale[1]:
         raise data.BadInput(f"--scale {s.scale[0]} {s.scale[1]}: must be 1 <= LOW <= HIGH")
     if s.lr is None:
-        s.lr = 0.001 if s.optimizer == "adamw" else 4.8 * math.sqrt(s.batch_size * s.accumulate * world / 640)
+        s.lr = 0.001 if s.optimizer == "adamw" else scaled_rate(s.batch_size * s.accumulate * world)
     s.lr_start = s.lr_start if s.lr_start is not None else s.lr / 16
     s.lr_end = s.lr_end if s.lr_end is not None else s.lr / 1000
     s.warmup_epochs = min(s.warmup_epochs, s.epochs // 2)

@@ -12,6 +12,7 @@ names of this file on: stages say `data.FlowStore`.
 
 import json
 import os
+import shutil
 import struct
 import sys
 import tempfile
@@ -102,11 +103,11 @@ def load_arrays(path, kind, made_by):
 
 def save_checkpoint(path, state):
     """Write a dict of tensors and plain values; what stood at `path` stays whole until the new file is."""
-    with atomic(path) as tmp, open(tmp, "wb") as f:
+    with atomic(path) as tmp, open(tmp, "wb") as f:  # a file of Python's: torch's own don't say why a write failed
         try:
             torch.save({"kind": "checkpoint", "version": 1, **state}, f)
-        except RuntimeError as e:  # torch's words for a disk that is full
-            raise (e.__context__ if isinstance(e.__context__, OSError) else e) from None
+        except RuntimeError as e:  # torch, as it closes a file that could not be written
+            raise e.__context__ if isinstance(e.__context__, OSError) else e from None
 
 
 def load_checkpoint(path):
@@ -126,6 +127,47 @@ def load_checkpoint(path):
     if not isinstance(state, dict) or state.get("kind") != "checkpoint" or state.get("version") != 1:
         raise BadInput(f"{file} is no checkpoint of this project (version 1)")
     return state
+
+
+def save_run(out, state, keep):
+    """Write RUN/checkpoint.pt; the `keep` - 1 before it are checkpoint.1.pt (the newest), checkpoint.2.pt, ...
+
+    At any moment, and where the disk is full, one before is there whole.
+    """
+    new, files = out / "checkpoint.new.pt", [out / "checkpoint.pt"]
+    files += [out / f"checkpoint.{k}.pt" for k in range(1, keep)]
+    try:
+        save_checkpoint(new, state)
+    except BadInput as e:
+        kept = f"{files[0]} is the one before: make room, and the same command continues"
+        raise BadInput(f"step {state['step']} could not be saved: {e}; "
+                       f"{kept if files[0].exists() else 'nothing had been saved before'}") from e
+    for older, newer in reversed(list(zip(files[1:], files, strict=False))):
+        if newer.exists():
+            older.unlink(missing_ok=True)
+            try:
+                os.link(newer, older)  # checkpoint.pt stands until the new one replaces it
+            except OSError:  # a file system without hard links
+                shutil.copyfile(newer, older)
+    os.replace(new, files[0])
+
+
+def last_checkpoint(out):
+    """The newest checkpoint of a run that can be read, or None. A damaged one is named and the one before is taken.
+
+    Raises BadInput if all that are there are damaged.
+    """
+    older = [p for p in out.glob("checkpoint.*.pt") if p.suffixes[0][1:].isdigit()]
+    files = [out / "checkpoint.pt", *sorted(older, key=lambda p: int(p.suffixes[0][1:]))]
+    files = [f for f in files if f.exists()]
+    for file in files:
+        try:
+            return load_checkpoint(file)
+        except BadInput as e:
+            if file == files[-1]:
+                raise
+            print(f"warning: {e}; taking the checkpoint before it", file=sys.stderr)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

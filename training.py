@@ -1,4 +1,4 @@
-"""What every training run needs: the optimizer of the paper, several processes, an orderly stop, a log.
+"""What every training run needs: the optimizer of the paper, an orderly stop, a log; several processes by processes.py.
 
 Used by pretrain.py and evaluate.py; the method is not here.
 """
@@ -15,10 +15,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.nn.functional import all_reduce
 
 import data
+from processes import (  # noqa: F401  (the stages' door to it)
+    LOST,
+    Watchdog,
+    gather_rows,
+    is_lost,
+    place,
+    start_processes,
+    synchronise_batch_norm,
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,9 +52,9 @@ class LARS(torch.optim.Optimizer):
             update = [p.grad for p in params]
             if group["adapt"]:
                 update = torch._foreach_add(update, params, alpha=group["weight_decay"])
-                w, g = torch._foreach_norm(params), torch._foreach_norm(update)
-                ratio = [torch.where((a > 0) & (b > 0), group["trust"] * a / b, 1.0) for a, b in zip(w, g, strict=True)]
-                torch._foreach_mul_(update, ratio)
+                w, g = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(update))
+                ratio = torch.where((w > 0) & (g > 0), group["trust"] * w / g, 1.0)
+                torch._foreach_mul_(update, list(ratio.unbind()))
             for p in params:
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
@@ -80,75 +87,16 @@ def learning_rate(step, steps_per_epoch, s):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes
-# ---------------------------------------------------------------------------------------------------------------------
-class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over all processes' samples on the CPU, where torch's SyncBatchNorm does not run."""
-
-    def _check_input_dim(self, x):
-        pass
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        dims = [0, *range(2, x.ndim)]
-        count = x.numel() / x.shape[1] * dist.get_world_size()
-        mean = all_reduce(x.sum(dims)) / count
-        centred = x - mean.view(1, -1, *[1] * (x.ndim - 2))
-        var = all_reduce(centred.square().sum(dims)) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.detach(), self.momentum)
-            self.running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = (self.weight / (var + self.eps).sqrt()).view(1, -1, *[1] * (x.ndim - 2))
-        return centred * scale + self.bias.view(1, -1, *[1] * (x.ndim - 2))
-
-
-def synchronise_batch_norm(net, device):
-    """Let every batch norm see the whole batch, as one process would."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    for m in net.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            m.__class__ = GlobalBatchNorm  # same parameters and buffers
-    return net
-
-
-def start_processes(s):
-    """Join the process group if torchrun started us -> (device, rank, world)."""
-    kind = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise data.BadInput("--device cuda, but torch sees no GPU (torch.cuda.is_available() is false)")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    if kind == "cpu":
-        data.keep_memory()
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return device, int(os.environ.get("RANK", 0)), world
-
-
-def gather_rows(features):
-    """The unit features of all processes, their samples in rank order: [G, A, m, d] -> [G, A, M, d], no gradient."""
-    features = features.detach().contiguous()
-    if not dist.is_initialized():
-        return features
-    parts = [torch.empty_like(features) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, features)
-    return torch.cat(parts, dim=2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Stopping and logging
 # ---------------------------------------------------------------------------------------------------------------------
 class Stop:
-    """Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) ask for a checkpoint after this step; a second Ctrl-C ends all."""
+    """Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) ask for a checkpoint after this step; a second Ctrl-C ends all.
+
+    Second is one that comes a second later: torchrun hands a Ctrl-C, which the terminal sent to all, to all once more.
+    """
 
     def __enter__(self):
-        self.signal = 0
+        self.signal, self.first = 0, 0.0
         self.before = {sig: signal.signal(sig, self) for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         return self
 
@@ -157,7 +105,9 @@ class Stop:
             signal.signal(sig, handler)
 
     def __call__(self, sig, frame):
-        if self.signal and sig == signal.SIGINT:
+        if not self.signal:
+            self.first = time.monotonic()
+        elif sig == signal.SIGINT and time.monotonic() - self.first > 1:
             raise KeyboardInterrupt
         self.signal = sig
 
@@ -180,16 +130,33 @@ def commit():
         return "unknown"
 
 
+def tensorboard_writer(folder, step):
+    """A SummaryWriter of torch that hides what was written beyond `step`, of an earlier start, or BadInput."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # here: an optional dependency
+    except ImportError as e:
+        raise data.BadInput(f"--tensorboard needs the package tensorboard, which can't be imported ({e}): "
+                            f"pip install tensorboard, or leave the flag out; log.jsonl holds the same numbers") from e
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
 class Log:
-    """RUN/log.jsonl and the terminal: what happened since the last line, averaged. Only rank 0 writes."""
+    """RUN/log.jsonl and the terminal: what happened since the last line, averaged. Only rank 0 writes.
+
+    before: `state` of the start that is continued; the lines then are those of an uninterrupted run.
+    """
 
     IN_A_ROW = 5  # steps without a finite gradient that end the run
 
-    def __init__(self, out, s, rank, world, step, total, per_epoch, ln_n):
+    def __init__(self, out, s, rank, world, step, total, per_epoch, ln_n, before=None):
         self.path, self.s, self.head, self.world = out / "log.jsonl", s, rank == 0, world
         self.first, self.total, self.per_epoch, self.ln_n = step, total, per_epoch, ln_n
-        self.losses, self.finite, self.faults, self.waited, self.step = [], [], {}, 0.0, step
-        self.dropped = self.row = 0
+        before = before or {"losses": torch.empty(0), "dropped": 0, "row": 0, "faults": [], "most": 0}
+        self.losses, self.finite, self.waited = [*before["losses"].unbind()], [], 0.0
+        self.dropped, self.row, self.faults = before["dropped"], before["row"], dict.fromkeys(before["faults"])
+        self.most = before["most"]  # prototypes ever in use
+        self.videos = 0  # of all processes since the last line
+        self.file = self.board = None
 
     def say(self, text):
         if self.head:
@@ -200,6 +167,8 @@ class Log:
         self.began = self.since = time.perf_counter()
         if not self.head:
             return
+        if self.s.tensorboard:
+            self.board = tensorboard_writer(self.path.parent / "tensorboard", self.first)
         kept = []
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
             try:
@@ -210,6 +179,25 @@ class Log:
         with data.atomic(self.path) as tmp:
             tmp.write_text("".join(kept) + json.dumps(header) + "\n")
         self.file = open(self.path, "a", buffering=1)
+
+    def state(self):
+        """What the next line needs of the steps since the last, for the checkpoint; every process calls it."""
+        losses = self._share()
+        if self.file:
+            os.fsync(self.file.fileno())  # not a line less than the checkpoint
+        return {"losses": losses.cpu(), "dropped": self.dropped, "row": self.row, "faults": list(self.faults),
+                "most": self.most}
+
+    def _share(self):
+        """Take over the faults of all processes -> the mean over them of each loss since the last line [k]."""
+        losses = torch.stack([x.to(self.losses[-1].device) for x in self.losses]) if self.losses else torch.empty(0)
+        if self.world > 1:
+            everyone = [None] * self.world
+            dist.all_gather_object(everyone, list(self.faults))
+            self.faults = dict.fromkeys(fault for faults in everyone for fault in faults)
+            if self.losses:
+                dist.all_reduce(losses)
+        return losses / self.world
 
     def timed(self, loader):
         """Pass the batches on and count the time spent waiting for them."""
@@ -222,10 +210,12 @@ class Log:
             self.waited += time.perf_counter() - began
             yield batch
 
-    def add(self, loss, finite, faults):
-        """One step: its loss, and whether its gradient was finite, both left on the device; its unreadable videos."""
+    def add(self, loss, finite, faults, videos):
+        """One step: its loss, and whether its gradient was finite, both left on the device; its unreadable videos; the
+        number of videos of all processes."""
         self.losses.append(loss.detach())
         self.finite.append(finite)
+        self.videos += videos
         for fault in faults:
             if fault and fault not in self.faults:
                 self.faults[fault] = True
@@ -255,21 +245,19 @@ class Log:
     def line(self, step, values):
         """One line for the steps since the last; every process calls it: the loss is the mean over them, the faults are
         those of all."""
-        loss = torch.stack(self.losses).nanmean()
-        if self.world > 1:
-            dist.all_reduce(loss)
-            everyone = [None] * self.world
-            dist.all_gather_object(everyone, list(self.faults))
-            self.faults = dict.fromkeys(fault for faults in everyone for fault in faults)
+        loss = self._share().nanmean()
         now = time.perf_counter()
-        videos = (step - self.step) * self.s.batch_size * self.world
-        line = {"step": step, "epoch": step / self.per_epoch, "loss": loss.item() / self.world, **values,
-                "samples_per_s": videos / (now - self.since), "data_wait": self.waited / (now - self.since),
+        line = {"step": step, "epoch": step / self.per_epoch, "loss": loss.item(), **values,
+                "samples_per_s": self.videos / (now - self.since), "data_wait": self.waited / (now - self.since),
                 "skipped": len(self.faults), "dropped": self.dropped}
-        self.since, self.step, self.waited = now, step, 0.0
+        self.since, self.videos, self.waited = now, 0, 0.0
         self.losses.clear()
         if self.head:
             self.file.write(json.dumps(line) + "\n")
+        if self.board:
+            for name, value in line.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()
         left = timedelta(seconds=round((now - self.began) / (step - self.first) * (self.total - step)))
         agree = f"  views agree {line['views_agree']:.2f}" if "views_agree" in line else ""
         self.say(f"epoch {line['epoch']:.1f}/{self.s.epochs}  step {step}/{self.total}  loss {line['loss']:.3f}  "
@@ -280,16 +268,17 @@ class Log:
 
     def collapse(self, line):
         """Sentences about what a collapsed network looks like, once the warm-up is over."""
+        self.most = max(self.most, line["prototypes_in_use"])
         if line["epoch"] <= self.s.warmup_epochs:
             return
         if line["loss"] > 0.99 * self.ln_n:
             yield f"the loss is still ln N = {self.ln_n:.3f}, what a network says that has learned nothing"
         if line["rank"] < 2:
             yield f"the features of the batch have rank {line['rank']:.1f}: they are all but one vector"
-        if line["prototypes_in_use"] <= 2:
-            yield f"only {line['prototypes_in_use']} prototype(s) in use"
+        if line["prototypes_in_use"] <= max(2, self.most / 4):
+            yield f"only {line['prototypes_in_use']} prototype(s) in use, of {self.most} before"
 
-    def planned(self, step, steps=4):
+    def planned(self, step, kind, steps=4):
         """After a few steps (the first warms up) say how long all would take -> whether that is said."""
         done = step - self.first
         if done == 1:
@@ -298,8 +287,9 @@ class Log:
             return False
         seconds = (time.perf_counter() - self.since) / max(1, done - 1)
         whole = timedelta(seconds=round(seconds * (self.total - self.first)))
+        unit = "GPU-hours" if kind == "cuda" else "process-hours"
         self.say(f"a step takes {seconds:.2f} s, all that are left {whole} and "
-                 f"{self.world * seconds * (self.total - self.first) / 3600:.1f} device-hours; nothing was written")
+                 f"{self.world * seconds * (self.total - self.first) / 3600:.1f} {unit}; nothing was written")
         return True
 
     def end(self, step):

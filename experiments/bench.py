@@ -12,7 +12,7 @@ operator  guided loss, forward and backward, float32. Baseline: the way of the r
           About 40 seconds.
 step      one training step of S3D against contiguous float32 with the released code's loss (experiments/bench_step.py).
 loader    from files to 2 long and 4 short augmented clips of both views (experiments/bench_data.py).
-prototypes  Eq. 11 for 1000 x 128 against SGD as published (experiments/bench_data.py).
+prototypes  Eq. 11 for 1000 x 128 against SGD as published (experiments/bench_prototypes.py).
 evaluation  exact retrieval and k-means (experiments/bench_evaluation.py).
 flow      TV-L1 against OpenCV's (experiments/bench_flow.py).
 """
@@ -25,9 +25,10 @@ import torch
 
 import goca
 from data import atomic, command_line
-from experiments.bench_data import loader, prototypes
+from experiments.bench_data import loader
 from experiments.bench_evaluation import evaluation
 from experiments.bench_flow import flow
+from experiments.bench_prototypes import prototypes
 from experiments.bench_step import step
 from experiments.measure import in_turns, machine_rates, row
 from experiments.released import exp_domain_loss

@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader, default_collate
 import data
 import flow_extract
 from experiments import walkers
-from experiments.bench_prototypes import prototypes  # noqa: F401  (another row of bench.py)
 from experiments.measure import in_turns, row
 
 SIZE, SCALE, LENGTHS = 128, (136, 190), [32, 32, 16, 16, 16, 16]

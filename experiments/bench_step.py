@@ -3,13 +3,15 @@
 Ours: `pretrain.step_loss`, channels last in memory, on a GPU bfloat16 with assignment and loss in float32. Baseline:
 the same network on the same clips, contiguous float32, with the released code's loss. CPU: 4 videos of 2 crops of 16
 frames of 64 px; GPU: 10 videos of 2 crops of 32 and 4 of 16 frames of 128 px, the paper's. About a minute on 2 cores.
-The loss is checked to be the same first.
+The loss is checked to be the same first. The floor is the step's multiplications and additions over the rate of a
+matrix product in the same precision, measured in the same run: no way of computing the same sums is much faster.
 """
 
 import sys
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import model
 import pretrain
@@ -57,7 +59,7 @@ def step(device, videos):
         return loss.detach()
 
     def ours():
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with pretrain.precision(device):
             loss, *_ = pretrain.step_loss(fast, fast_clips, s, True)
         loss.backward()
         fast_optimizer.step()
@@ -72,7 +74,14 @@ def step(device, videos):
             call()
             peak[name] = torch.cuda.max_memory_allocated(device) / 2**30
         print(f"peak memory: baseline {peak['baseline']:.1f} GiB, ours {peak['ours']:.1f} GiB", file=sys.stderr)
-    baseline_ms, ours_ms = in_turns([baseline, ours], device, seconds=20, least=3)
+    with FlopCounterMode(display=False) as counter:
+        ours()
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    baseline_ms, ours_ms, product_ms = in_turns([baseline, ours, lambda: a @ a], device, seconds=20, least=3)
+    floor_ms = counter.get_total_flops() / (2 * n**3) * product_ms
+    print(f"{counter.get_total_flops() / 1e9:.0f} GFLOP a step, {2 * n**3 / product_ms / 1e6:.0f} GFLOP/s in a matrix "
+          f"product of {n}", file=sys.stderr)
     crops = " + ".join(f"{v} x {t}" for v, t in case[1])
     yield row("step", f"S3D, {case[0]} videos, {crops} frames of {case[2]} px, both views, LARS", device, baseline_ms,
-              ours_ms)
+              ours_ms, floor_ms)

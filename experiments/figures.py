@@ -83,14 +83,16 @@ def prototypes(args):
 # Training curves
 # ---------------------------------------------------------------------------------------------------------------------
 CURVES = {"loss": "loss", "entropy": "entropy of an assignment (nats)", "prototypes_in_use": "prototypes in use",
-          "views_agree": "views agree (share of samples)", "lr": "learning rate", "data_wait": "share of time waiting"}
+          "rank": "rank of the features (poorer view)", "views_agree": "views agree (share of samples)",
+          "lr": "learning rate", "samples_per_s": "videos a second", "data_wait": "share of time waiting"}
 
 
 def read_log(run):
     """RUN/log.jsonl -> (first line, lines with a loss). Raises BadInput if there is none."""
     path = Path(run) / "log.jsonl"
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        whole = path.read_text().rpartition("\n")[0]  # not a line that is just being written
+        lines = [json.loads(line) for line in whole.splitlines()]
     except FileNotFoundError:
         raise data.BadInput(f"{path} doesn't exist; --run takes a folder that pretrain.py wrote") from None
     except ValueError as e:
@@ -102,8 +104,8 @@ def read_log(run):
 
 
 def training(args):
-    """Six curves of each run's log over its epochs."""
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5))
+    """Eight curves of each run's log over its epochs."""
+    figure, axes = plt.subplots(2, 4, figsize=(17, 6.5))
     for run in args.run:
         first, steps = read_log(run)
         label = f"{Path(run).name} ({first['settings']['method']})"

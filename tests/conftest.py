@@ -1,6 +1,8 @@
 """What several test files share: a tiny generated data set with its flow and prototypes, and the real clips."""
 
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,3 +51,28 @@ class TinySet:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     return TinySet(tmp_path_factory.mktemp("tiny"))
+
+
+class Forked:
+    """tests/forked.py: `forked(function, **arguments)` fails with what that printed."""
+
+    def __init__(self, root):
+        self.said = root / "said"
+        self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "forked.py")], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def __call__(self, function, **arguments):
+        arguments = {k: str(v) if isinstance(v, Path) else v for k, v in arguments.items()}
+        self.process.stdin.write(json.dumps([function, {**arguments, "_said": str(self.said)}]) + "\n")
+        self.process.stdin.flush()
+        status = self.process.stdout.readline().strip()
+        assert status == "0", f"{function}: status {status}\n{self.said.read_text()}"
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory):
+    server = Forked(tmp_path_factory.mktemp("forked"))
+    yield server
+    server.process.stdin.close()
+    server.process.wait()

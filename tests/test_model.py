@@ -61,6 +61,30 @@ def test_channels_last_changes_nothing_but_speed(arch):
                                atol=1e-9)
 
 
+@pytest.mark.parametrize(("ours", "plain"), [
+    *[(model.Conv3d(6, 8, k, s, p), nn.Conv3d(6, 8, k, s, p, bias=False))
+      for k, s, p in (((1, 3, 3), (1, 2, 2), (0, 1, 1)), ((7, 1, 1), (2, 1, 1), (3, 0, 0)), (1, 1, 0),
+                      (1, (2, 2, 2), 0), ((3, 3, 3), 1, 1))],
+    *[(model.MaxPool3d((k,) * 3, (s,) * 3, (p,) * 3), nn.MaxPool3d(k, s, p))
+      for k, s, p in ((3, 1, 1), (3, 2, 1), (2, 2, 0))]])
+def test_folded_layers_are_their_plain_twins(ours, plain):
+    """Zeros and ones in plenty, so that pooling has ties: they must get their gradient where torch puts it.
+
+    8 frames: on 5, the twin of the second case (stride 2) writes beyond its memory (torch 2.13, CPU, channels last).
+    """
+    ours.load_state_dict(plain.state_dict())
+    x = torch.randn(3, 6, 8, 9, 7, generator=torch.Generator().manual_seed(0)).clamp(0, 1)
+    x, out, grads = x.to(memory_format=torch.channels_last_3d), [], []
+    for layer in (ours, plain):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        out.append(layer(leaf))
+        weight = torch.randn(out[0].shape, generator=torch.Generator().manual_seed(1))
+        grads.append(torch.autograd.grad((out[-1] * weight).sum(), [leaf, *layer.parameters()]))
+    assert model.folds(x) and not model.folds(x.contiguous())
+    for a, b in zip([out[0], *grads[0]], [out[1], *grads[1]], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
 def test_gradients_are_right_at_two_frames():
     # The trap of torch 2.13 on the CPU in bfloat16: Conv3d (3, 1, 1) on 2 frames, S3D's last blocks. float32 is used
     # there, and must agree with float64.
