@@ -19,6 +19,7 @@ import math
 import signal
 from collections import Counter, defaultdict
 from contextlib import suppress
+from functools import lru_cache
 from typing import NamedTuple
 
 import cv2
@@ -335,6 +336,14 @@ class Batches(Sampler):
 # ---------------------------------------------------------------------------------------------------------------------
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as CoCLR and the released code
 GREY = (0.299, 0.587, 0.114)
+YIQ = (GREY, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
+RGB_OF_YIQ = tuple(map(tuple, np.linalg.inv(YIQ).tolist()))
+
+
+@lru_cache
+def _constant(values, device):
+    """A tuple of numbers on a device, moved there once: moving waits for the device."""
+    return torch.tensor(values, device=device)
 
 
 def _colour_matrices(params):
@@ -342,18 +351,18 @@ def _colour_matrices(params):
 
     Hue turns the chroma plane of YIQ by 2 pi hue; saturation scales it.
     """
-    yiq = params.new_tensor([GREY, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
     brightness, saturation, hue = params[:, 1], params[:, 3], params[:, 4] * 2 * math.pi
     turn = torch.zeros(len(params), 3, 3, dtype=params.dtype, device=params.device)
     turn[:, 0, 0] = 1
     turn[:, 1, 1] = turn[:, 2, 2] = saturation * hue.cos()
     turn[:, 2, 1] = saturation * hue.sin()
     turn[:, 1, 2] = -turn[:, 2, 1]
-    return brightness[:, None, None] * (torch.linalg.inv(yiq) @ turn @ yiq)
+    to_yiq, back = _constant(YIQ, params.device), _constant(RGB_OF_YIQ, params.device)
+    return brightness[:, None, None] * (back @ turn @ to_yiq)
 
 
 def _blur_matrices(sigma, size):
-    """Gaussian blur along one axis as a matrix, edges by reflection: [B] -> [B, size, size]."""
+    """Gaussian blur along one axis as a matrix, edges by reflection; the identity for 0: [B] -> [B, size, size]."""
     at = torch.arange(size, device=sigma.device)
     out = torch.zeros(len(sigma), size, size, device=sigma.device)
     radius = min(size - 1, 6)  # 3 sigma at the largest sigma of 2 px
@@ -372,18 +381,15 @@ def colour(x, params):
     grey), blur; clamped once at the end, so that all but the blur are one matrix and one shift of each clip's colours.
     """
     matrices, contrast = _colour_matrices(params), params[:, 2, None, None]
-    mean = x.new_tensor([GREY]) @ matrices @ x.mean((2, 3, 4))[..., None]  # [B, 1, 1], after the matrix
+    mean = _constant((GREY,), x.device) @ matrices @ x.mean((2, 3, 4))[..., None]  # [B, 1, 1], after the matrix
     y = torch.baddbmm((1 - contrast) * mean, contrast * matrices, x.flatten(2)).view_as(x)
-    blurred = params[:, 5].nonzero().flatten()
-    if len(blurred):
-        g = _blur_matrices(params[blurred, 5], x.shape[-1])[:, None, None]  # [b', 1, 1, S, S]
-        y[blurred] = g @ y[blurred] @ g.mT  # rows and columns
-    return y.clamp_(0, 1)
+    g = _blur_matrices(params[:, 5], x.shape[-1])[:, None, None]  # [B, 1, 1, S, S], for all: to choose is to wait
+    return (g @ y @ g.mT).clamp_(0, 1)  # rows and columns
 
 
 def normalise_rgb(x):
     """RGB [..., T, S, S, 3] in 0..1 -> [..., 3, T, S, S] by ImageNet's statistics, channels last in memory."""
-    return (x - x.new_tensor(MEAN)).div_(x.new_tensor(STD)).movedim(-1, -4)
+    return (x - _constant(MEAN, x.device)).div_(_constant(STD, x.device)).movedim(-1, -4)
 
 
 def normalise_flow(x):

@@ -296,8 +296,8 @@ def train_in(device, rank, world, s):
                 group["lr"] = learning_rate(step, per_epoch, s)
             guided, frozen = phase(step, per_epoch, s)
             rows = batches.rows(step)
+            clips = data.augment(batch, device)  # in float32
             with precision(device):
-                clips = data.augment(batch, device)
                 loss, batch_scores, batch_features = step_loss(net, clips, s, guided, frozen, rows)
             together = min(s.accumulate, total - step // s.accumulate * s.accumulate)  # the last step may be of fewer
             (loss / together).backward()
