@@ -343,7 +343,7 @@ RGB_OF_YIQ = tuple(map(tuple, np.linalg.inv(YIQ).tolist()))
 @lru_cache
 def _constant(values, device):
     """A tuple of numbers on a device, moved there once: moving waits for the device."""
-    return torch.tensor(values, device=device)
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _colour_matrices(params):
@@ -450,8 +450,8 @@ def augment(batch, device):
         if kind not in batch:
             continue
         clips = {k: t.to(device, non_blocking=True).flatten(0, 1) for k, t in batch[kind].items()}
-        made = {view: torch.empty(clips[view].movedim(-1, 1).shape, device=device, memory_format=torch.channels_last_3d)
-                for view in ("rgb", "flow")}
+        made = {view: torch.empty(clips[view].movedim(-1, 1).shape, dtype=torch.float32, device=device,
+                                  memory_format=torch.channels_last_3d) for view in ("rgb", "flow")}
         (_augment_in_8_bits if clips["rgb"].device.type == "cpu" else _augment_in_torch)(clips, made)
         out.append({view: x.unflatten(0, batch[kind][view].shape[:2]) for view, x in made.items()})
     return out

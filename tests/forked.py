@@ -182,8 +182,8 @@ def in_double():
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double
     augment = data.augment
-    data.augment = lambda batch, device: augment(
-        {k: {**v, "params": v["params"].double()} if isinstance(v, dict) else v for k, v in batch.items()}, device)
+    data.augment = lambda batch, device: [{view: x.double() for view, x in clips.items()}
+                                          for clips in augment(batch, device)]
 
 
 def train_in_double(argv):

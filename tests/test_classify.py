@@ -61,7 +61,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch.distributed as dist
 import classify, data, evaluate
 join = dist.init_process_group  # once for all commands
-dist.init_process_group = lambda kind: dist.is_initialized() or join(kind)
+dist.init_process_group = lambda *how, **more: dist.is_initialized() or join(*how, **more)
 dist.destroy_process_group = lambda: None
 classify.FINETUNE["vicc"] = classify.FINETUNE["vicc"]._replace(dropout=0.0)
 update, steps = classify.update, []
