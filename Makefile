@@ -41,8 +41,8 @@ demo: $(VENV)/installed
 	$(BIN)/python -m experiments.figures training --run $(DEMO)/goca --out $(DEMO)/training.png
 	$(BIN)/python -m experiments.figures retrieval --json $(DEMO)/untrained.json --versus $(DEMO)/goca.json --view rgb \
 	    --out $(DEMO)/retrieval.png
-	@echo "=== R@1 and R@5: untrained, without guiding (sep, from the committed run results/demo/sep.jsonl), and after GOCA"
-	$(BIN)/python -m experiments.tables show $(DEMO)/untrained.json results/demo/sep.json $(DEMO)/goca.json
+	@echo "=== R@1 and R@5: untrained, without guiding (sep, from the committed run results/demo/sep_seed0.jsonl), and after GOCA"
+	$(BIN)/python -m experiments.tables show $(DEMO)/untrained.json results/demo/sep_seed0.json $(DEMO)/goca.json
 	@echo "pictures: $(DEMO)/films.png $(DEMO)/prototypes.png $(DEMO)/training.png $(DEMO)/retrieval.png"
 
 # In two processes: most tests keep one core busy.

@@ -359,7 +359,7 @@ def arguments(argv=None):
     g = p.add_argument_group("method")
     g.add_argument("--method", choices=model.METHODS, default="goca", help="others: baselines of Table 1")
     g.add_argument("--lambda1", type=float, default=0.02, help="weight of the entropy, Eq. 5 (Table 2)")
-    g.add_argument("--lambda2", type=float, default=0.03, help="weight of the prior, Eq. 6; small runs: below lambda1")
+    g.add_argument("--lambda2", type=float, default=0.03, help="weight of the prior, Eq. 6 (small batches: README)")
     g.add_argument("--prior-sign", type=int, choices=(1, -1), default=1, help="-1: the released code's anti-prior")
     g.add_argument("--guide-start", type=int, default=0, help="epoch from which the views guide each other")
     g.add_argument("--alternate", type=int, default=50, help="vicc: epochs that one view learns, then the other")
