@@ -18,8 +18,9 @@ project's TV-L1 (tvl1.py, compiled), opencv is cv2.optflow's; auto takes goca wh
 on a generated pair. The header says which; a store has one. --device auto takes a GPU where the CUDA kernels are built
 and agree with the CPU.
 
-Time: some 0.08 s a pair of UCF101 on a core, by content, up to four times that on a busy one (2.4 million pairs: 50 to 210
-core-hours, 13 GB); with opencv more than ten times as much. `--warps 1 --epsilon 0.03` is several times as fast and 0.08 px away on average: for trials.
+Time: some 0.08 s a pair of UCF101 on a core, by content, up to four times that on a busy one (2.4 million pairs: 50 to
+210 core-hours, 13 GB); with opencv more than ten times as much. `--warps 1 --epsilon 0.03` is several times as fast and
+0.08 px away on average: for trials.
 
 The paper gives neither parameters nor resolution: these are OpenCV's defaults and the usual 256 px. u and v stay in
 pixels of the store's resolution. The methods: flow_solvers.py; from files to stores: flow_extract.py.
