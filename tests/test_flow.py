@@ -256,7 +256,9 @@ def test_interrupted(tmp_path):
     arguments = ["--videos", str(tmp_path / "videos"), "--out", str(store), *QUICK]
     for sign, status in [(signal.SIGKILL, -9), (signal.SIGINT, 130)]:
         had = len(list(store.rglob("v*.avi")))
-        process = subprocess.Popen([sys.executable, ROOT / "flow.py", *arguments], stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(  # Ctrl-C as in a terminal, also where the tests run in the background of a shell
+            [sys.executable, ROOT / "flow.py", *arguments], stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         while len(list(store.rglob("v*.avi"))) == had:
             assert process.poll() is None
             time.sleep(0.002)
