@@ -27,7 +27,7 @@ demo: $(VENV)/installed
 	@echo "=== 2/7 optical flow (coarser TV-L1 than the default, for speed)"
 	$(BIN)/python flow.py --videos $(DEMO)/films/videos --out $(DEMO)/flow --short-side 0 --warps 1 --epsilon 0.03
 	@echo "=== 3/7 prototypes (Eq. 11)"
-	$(BIN)/python prototypes.py --num 30 --dim 64 --out $(DEMO)/prototypes.npz
+	$(BIN)/python prototypes.py --num 20 --dim 64 --out $(DEMO)/prototypes.npz
 	@echo "=== 4/7 what the untrained network retrieves"
 	$(BIN)/python evaluate.py retrieval --checkpoint none $(SET) $(NET) --json $(DEMO)/untrained.json
 	@echo "=== 5/7 pre-training with the guided loss"
