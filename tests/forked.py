@@ -4,6 +4,7 @@ Started once a session (the fixture `forked`); a line of JSON in names a functio
 its status. An assertion that fails prints its traceback. One thread: OpenMP's do not survive a fork.
 """
 
+import faulthandler
 import json
 import os
 import random
@@ -26,6 +27,8 @@ import model
 import pretrain
 import processes
 
+LIMIT = 280  # seconds of a process
+
 
 # --- processes -------------------------------------------------------------------------------------------------------
 def train(argv):
@@ -39,6 +42,7 @@ def fork(function, *args, said=None, **environment):
     if pid := os.fork():
         return pid
     status = 1
+    signal.alarm(LIMIT)  # then it prints where it stands, and dies
     try:
         out = os.open(said or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(out, 1), os.dup2(out, 2)
@@ -300,4 +304,5 @@ def serve():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGALRM, chain=True)
     serve()

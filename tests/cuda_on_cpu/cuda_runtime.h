@@ -4,11 +4,13 @@
 // orders, that no result hangs on an order which a barrier should have fixed. It shows nothing of speed or memory
 // coherence.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -48,31 +50,49 @@ struct Block {
 struct Fibre {
   dim3 thread{0}, block{0};
   Block* home;
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
-  bool done = false;
+  ucontext_t start;
+  jmp_buf here;  // where it goes on
+  bool started = false, done = false;
 };
 
 inline Fibre* current;
 inline dim3 grid_size{1}, block_size{1};
 inline Barrier grid_barrier;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
+inline std::vector<std::unique_ptr<char[]>> stacks;  // kept: fresh ones would be cleared by the kernel at every launch
 inline void (*body)(void*);
 inline void* body_data;
 
+// swapcontext would do, but calls the kernel at every change, to set the signal mask
+inline void switch_to(Fibre& f) {
+  if (_setjmp(scheduler)) return;
+  current = &f;
+  if (f.started) _longjmp(f.here, 1);
+  f.started = true;
+  setcontext(&f.start);
+}
+
+inline void switch_back() {
+  if (!_setjmp(current->here)) _longjmp(scheduler, 1);
+}
+
+inline int64_t steps;  // arrivals at barriers, and ends
+
 inline void wait(Barrier& b) {
   const int64_t generation = b.generation;
+  ++steps;
   if (++b.waiting == b.members) {
     b.waiting = 0;
     ++b.generation;
   }
-  while (b.generation == generation) swapcontext(&current->context, &scheduler);
+  while (b.generation == generation) switch_back();
 }
 
 inline void run_fibre() {
   body(body_data);
   current->done = true;
-  swapcontext(&current->context, &scheduler);
+  ++steps;
+  switch_back();
 }
 
 // Blocks first .. last of the grid, all at once.
@@ -89,11 +109,12 @@ inline void run_blocks(unsigned first, unsigned last, size_t shared_bytes) {
     for (unsigned t = 0; t < block_size.x; ++t) {
       auto f = std::make_unique<Fibre>();
       ++block.warps[t / 32].members;
-      f->thread.x = t, f->block.x = b, f->home = &block, f->stack.reset(new char[STACK]);
-      getcontext(&f->context);
-      f->context.uc_stack.ss_sp = f->stack.get();
-      f->context.uc_stack.ss_size = STACK;
-      makecontext(&f->context, run_fibre, 0);
+      f->thread.x = t, f->block.x = b, f->home = &block;
+      if (stacks.size() == fibres.size()) stacks.emplace_back(new char[STACK]);
+      getcontext(&f->start);
+      f->start.uc_stack.ss_sp = stacks[fibres.size()].get();
+      f->start.uc_stack.ss_size = STACK;
+      makecontext(&f->start, run_fibre, 0);
       fibres.push_back(std::move(f));
     }
   }
@@ -104,11 +125,15 @@ inline void run_blocks(unsigned first, unsigned last, size_t shared_bytes) {
   if (order == 1) std::reverse(turn.begin(), turn.end());
   for (size_t left = fibres.size(); left > 0;) {
     if (order > 1) std::shuffle(turn.begin(), turn.end(), random);
+    const int64_t before = steps;
     for (size_t i : turn) {
       if (fibres[i]->done) continue;
-      current = fibres[i].get();
-      swapcontext(&scheduler, &current->context);
-      left -= current->done;
+      switch_to(*fibres[i]);
+      left -= fibres[i]->done;
+    }
+    if (steps == before) {
+      std::fprintf(stderr, "%zu threads wait at barriers that the others do not reach\n", left);
+      std::abort();
     }
   }
 }
