@@ -35,6 +35,7 @@ from stores import (  # noqa: F401  (the stages' door to the file formats)
     FlowStore,
     RgbStore,
     atomic,
+    check_writable,
     command_line,
     dequantise,
     last_checkpoint,

@@ -287,6 +287,8 @@ def evaluate(s):
         weights.export(s.checkpoint, s.out)
         print(f"written: {s.out}")
         return 0
+    if s.json:
+        data.check_writable(s.json, "--json")
     device, rank, world = start_processes(s)
     net, settings = load_network(s)
     for k in NETWORK:

@@ -70,10 +70,9 @@ def cross_view_loss(scores, log_d, temperature):
     with torch.autocast(scores.device.type, enabled=False):
         log_g = F.log_softmax(scores.float() / temperature, dim=-1)
         pairs = -torch.einsum("gamn,hvmn->gahv", log_d.exp(), log_g) / scores.shape[2]
-    views, crops = torch.meshgrid(torch.arange(2), torch.arange(log_d.shape[1]), indexing="ij")
-    own = torch.zeros(pairs.shape, dtype=torch.bool, device=pairs.device)
-    own[views, crops, views, crops] = True
-    return pairs.masked_fill(own, 0).sum() / (~own).sum()
+    _, A, _, V = pairs.shape
+    own = torch.eye(2, device=pairs.device)[:, None, :, None] * torch.eye(A, V, device=pairs.device)[:, None]
+    return (pairs * (1 - own)).sum() / (2 * A * (2 * V - 1))
 
 
 def phase(step, per_epoch, s):

@@ -21,7 +21,6 @@ Departures from the paper, which runs SGD on Eq. 11:
 
 import argparse
 import math
-import tempfile
 import time
 from pathlib import Path
 
@@ -269,19 +268,13 @@ class Progress:
 
 def held(out, settings):
     """Whether `out` holds what `settings` ask for. Raises BadInput if it holds anything else or can't be written."""
-    if out.is_dir():
-        raise data.BadInput(f"--out {out} is a folder; give the name of a file in it")
-    if out.exists():
+    if out.is_file():
         header, _ = data.load_arrays(out, "prototypes", "python prototypes.py --force")
         other = [f"--{k} {header.get(k)}" for k in settings if header.get(k) != settings[k]]
         if other:
             raise data.BadInput(f"{out} was made with {' '.join(other)}; give another --out, or --force to replace it")
         return True
-    try:  # now, not after the fit
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.parent).close()
-    except OSError as e:
-        raise data.BadInput(f"{out} can't be written ({e.strerror}); choose a folder that can") from e
+    data.check_writable(out, "--out")
     return False
 
 

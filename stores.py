@@ -72,6 +72,18 @@ def atomic(path, exclusive=False):
         Path(name).unlink(missing_ok=True)
 
 
+def check_writable(path, option):
+    """Before long work: raise BadInput if it could not write its result, the file `path` of `option`, in the end."""
+    path = Path(path)
+    if path.is_dir():
+        raise BadInput(f"{option} {path} is a folder; give the name of a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as e:
+        raise BadInput(f"{option} {path} can't be written ({e.strerror}); choose a folder that can") from e
+
+
 def save_arrays(path, kind, header, **arrays):
     """Write arrays and a JSON header to one .npz file.
 

@@ -6,6 +6,7 @@ Used by pretrain.py and evaluate.py; the method is not here.
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -140,6 +141,13 @@ def tensorboard_writer(folder, step):
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 
+def peak_gib():
+    """The most memory used so far, in GiB: of the GPU by torch, or of the process where there is none."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
 class Log:
     """RUN/log.jsonl and the terminal: what happened since the last line, averaged. Only rank 0 writes.
 
@@ -249,7 +257,7 @@ class Log:
         now = time.perf_counter()
         line = {"step": step, "epoch": step / self.per_epoch, "loss": loss.item(), **values,
                 "samples_per_s": self.videos / (now - self.since), "data_wait": self.waited / (now - self.since),
-                "skipped": len(self.faults), "dropped": self.dropped}
+                "peak_gib": peak_gib(), "skipped": len(self.faults), "dropped": self.dropped}
         self.since, self.videos, self.waited = now, 0, 0.0
         self.losses.clear()
         if self.head:
@@ -262,7 +270,8 @@ class Log:
         agree = f"  views agree {line['views_agree']:.2f}" if "views_agree" in line else ""
         self.say(f"epoch {line['epoch']:.1f}/{self.s.epochs}  step {step}/{self.total}  loss {line['loss']:.3f}  "
                  f"entropy {line['entropy']:.2f}  in use {line['prototypes_in_use']}{agree}  lr {line['lr']:.3g}  "
-                 f"{line['samples_per_s']:.1f} videos/s  waiting for data {line['data_wait']:.0%}  left {left}")
+                 f"{line['samples_per_s']:.1f} videos/s  waiting for data {line['data_wait']:.0%}  "
+                 f"{line['peak_gib']:.1f} GiB  left {left}")
         for warning in self.collapse(line):
             self.say(f"  warning: {warning}")
 

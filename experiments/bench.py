@@ -24,7 +24,7 @@ import sys
 import torch
 
 import goca
-from data import atomic, command_line
+from data import atomic, check_writable, command_line
 from experiments.bench_data import loader
 from experiments.bench_evaluation import evaluation
 from experiments.bench_flow import flow
@@ -82,6 +82,8 @@ def main():
     args = parser.parse_args()
     if unknown := set(args.rows) - set(ROWS):
         parser.error(f"no such row: {', '.join(sorted(unknown))}; there are: {' '.join(ROWS)}")
+    if args.json:
+        check_writable(args.json, "--json")
     rows = []
     for name in args.rows or ROWS:
         for result in ROWS[name](torch.device(args.device), args.videos):

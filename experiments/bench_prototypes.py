@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 import prototypes as eq11
-from data import atomic, command_line
+from data import atomic, check_writable, command_line
 from experiments.measure import row
 
 SGD_STEPS = 50_000
@@ -72,6 +72,8 @@ def main():
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", metavar="FILE", help="write the rows as a JSON list, again after each")
     args = p.parse_args()
+    if args.json:
+        check_writable(args.json, "--json")
     print(f"| N | d | made by | mean | max | bound | core-seconds ({args.device}) |\n"
           f"|---|---|---|---|---|---|---|")
     rows = []

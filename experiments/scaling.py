@@ -35,7 +35,7 @@ from torch import nn
 
 import pretrain
 import processes
-from data import atomic, command_line
+from data import atomic, check_writable, command_line
 from experiments.bench_step import network, random_clips, settings
 
 GPUS_A_NODE, NVLINK, ADAPTER = 8, 450e9, 50e9  # bytes a second
@@ -159,6 +159,8 @@ def main():
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="to measure here")
     parser.add_argument("--json", metavar="FILE", help="write messages and both tables")
     args = parser.parse_args()
+    if args.json:
+        check_writable(args.json, "--json")
     messages = record()
     kinds = {}
     for what, kind, n in messages:

@@ -130,10 +130,10 @@ MOMENTS = ["before forward", "after forward", "before update", "after update", "
 
 
 def lines(out):
-    """The log without what the clock says."""
+    """The log without what the machine says."""
     every = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    clock = "samples_per_s", "data_wait"
-    return [{k: v for k, v in line.items() if k not in clock} for line in every if "loss" in line]
+    machine = "samples_per_s", "data_wait", "peak_gib"
+    return [{k: v for k, v in line.items() if k not in machine} for line in every if "loss" in line]
 
 
 def same(out, whole):

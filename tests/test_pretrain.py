@@ -227,6 +227,7 @@ def test_log_says_what_to_watch(whole):
         assert {"loss", "lr", "entropy", "prototypes_in_use", "views_agree", "samples_per_s", "data_wait", "epoch",
                 "skipped", "guided"} <= s.keys()
         assert 0 < s["loss"] < 10 and 0 < s["entropy"] <= math.log(24) + 1e-6 and 0 <= s["data_wait"] <= 1
+        assert 0.1 < s["peak_gib"] < 10
     assert steps[1]["epoch"] == 1.0 and steps[-1]["epoch"] == 2.0
 
 

@@ -1,4 +1,4 @@
-"""experiments/walkers.py: the generated films are what their lists say, repeatable, and told apart by motion alone."""
+"""experiments/walkers.py and puppets.py: the films are what their lists say, repeatable, told apart by motion alone."""
 
 import json
 
@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from data import BadInput, decode, read_split
-from experiments import walkers
-from experiments.walkers import ACTIONS, make
+from experiments import puppets, walkers
+from experiments.puppets import ACTIONS
+from experiments.walkers import make
 
 
 def films(out):
@@ -69,8 +70,8 @@ def test_every_film_decodes_to_its_frames_and_size(tmp_path, size, frames):
 
 def test_the_codec_hardly_changes_the_picture(small):
     """Among others: a writer that cuts or shears odd sizes, or swaps colours, is off by tens of grey levels."""
-    person = walkers.subject(np.random.default_rng([3, 1, 0]))
-    drawn = walkers.render("Walk", 48, 5, 25, person, np.random.default_rng([3, 0, 0, 1]))
+    person = puppets.subject(np.random.default_rng([3, 1, 0]))
+    drawn = puppets.render("Walk", 48, 5, 25, person, np.random.default_rng([3, 0, 0, 1]))
     read = list(decode(small / "videos" / "Walk" / "v_Walk_g01_c01.avi"))
     for a, b in zip(drawn, read, strict=True):
         grey = [cv2.cvtColor(x, cv2.COLOR_BGR2GRAY).astype(float) for x in (a, b)]
@@ -95,7 +96,7 @@ def test_the_action_changes_no_other_draw():
     films, states = [], []
     for action in ACTIONS:
         rng = np.random.default_rng(5)
-        films.append(np.stack(walkers.render(action, 64, 6, 25, walkers.subject(np.random.default_rng(1)), rng)))
+        films.append(np.stack(puppets.render(action, 64, 6, 25, puppets.subject(np.random.default_rng(1)), rng)))
         states.append(rng.bit_generator.state)
     assert all(s == states[0] for s in states)
     assert all(np.array_equal(f[:, :5, :5], films[0][:, :5, :5]) for f in films)  # a corner that no figure reaches
@@ -106,11 +107,11 @@ def test_the_action_changes_no_other_draw():
 @pytest.mark.parametrize("action", ACTIONS)
 def test_figures_are_rigid_stand_on_the_ground_and_repeat(action):
     rng = np.random.default_rng(2)
-    build = walkers.subject(rng)
-    rest = walkers.rest(np.zeros(40), rng)  # one instant, so without sway
+    build = puppets.subject(rng)
+    rest = puppets.rest(np.zeros(40), rng)  # one instant, so without sway
     cycle = np.linspace(0, 2, 41)[:-1]
-    walkers.move(action, cycle, 1.0, 1, -1, *rest)
-    p = walkers.joints(*rest, build)
+    puppets.move(action, cycle, 1.0, 1, -1, *rest)
+    p = puppets.joints(*rest, build)
     for s in "01":
         for a, b, length in ((f"shoulder{s}", f"elbow{s}", "arm"), (f"elbow{s}", f"hand{s}", "arm"),
                              (f"hip{s}", f"knee{s}", "leg"), (f"knee{s}", f"ankle{s}", "leg")):
