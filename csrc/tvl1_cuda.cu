@@ -30,8 +30,10 @@ constexpr int64_t CHECK = 10, MOST_BLOCKS = 1 << 30;
 constexpr unsigned ALL_LANES = 0xffffffff;
 
 #ifdef GOCA_EMULATED
-inline float mul(float a, float b) { return a * b; }
-inline float add(float a, float b) { return a + b; }
+template <typename T>
+T mul(T a, T b) { return a * b; }
+template <typename T>
+T add(T a, T b) { return a + b; }
 #else
 template <typename T>
 __device__ T* shared_memory() {
@@ -40,6 +42,8 @@ __device__ T* shared_memory() {
 }
 __device__ inline float mul(float a, float b) { return __fmul_rn(a, b); }
 __device__ inline float add(float a, float b) { return __fadd_rn(a, b); }
+__device__ inline double mul(double a, double b) { return __dmul_rn(a, b); }
+__device__ inline double add(double a, double b) { return __dadd_rn(a, b); }
 #endif
 
 struct Control {  // of a pair
@@ -86,7 +90,7 @@ struct Sample {  // a lerp of i and j
 };
 
 __device__ inline Sample sample(int64_t d, int64_t n, double scale) {
-  const double at = (double(d) + 0.5) * scale - 0.5, low = floor(at);
+  const double at = add(mul(double(d) + 0.5, scale), -0.5), low = floor(at);
   return {within(int64_t(low), n), within(int64_t(low) + 1, n), float(at - low)};
 }
 
@@ -178,7 +182,7 @@ __device__ inline float divergence(const float* px, const float* py, int64_t at,
 
 // p = (p + tau/theta grad u) / (1 + tau/theta |grad u|) of one component
 __device__ inline void dual(const float* from, float* to, int64_t n, float dx, float dy, float step) {
-  const float norm = float(sqrt(double(dx) * double(dx) + double(dy) * double(dy)));
+  const float norm = float(sqrt(add(mul(double(dx), double(dx)), mul(double(dy), double(dy)))));
   const float scale = add(1.f, mul(step, norm));
   to[0] = add(from[0], mul(step, dx)) / scale;
   to[n] = add(from[n], mul(step, dy)) / scale;

@@ -81,3 +81,15 @@ def test_nvcc_compiles_it_without_spills(arch, tmp_path):
                          capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert set(re.findall(r"(\d+) bytes spill stores", run.stderr)) == {"0"}, run.stderr
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on the PATH")
+def test_nvcc_makes_no_multiplication_and_addition_one(tmp_path):
+    """It may by default, and would round once where the CPU rounds twice; g++ above does not show it."""
+    code = []
+    for may in ("true", "false"):
+        path = tmp_path / f"{may}.ptx"
+        subprocess.run(["nvcc", "-std=c++17", "-O3", "-ptx", "-arch=sm_90", f"-fmad={may}", "-o", str(path),
+                        str(HERE.parent / "csrc" / "tvl1_cuda.cu")], check=True, capture_output=True)
+        code.append(path.read_text().replace(".rn", ""))  # the second names the rounding, the first leaves it out
+    assert "fma.f32" in code[0] and code[0] == code[1]
