@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
-# Threads that spin while they wait slow a busy machine down five-fold; read by OpenMP when torch is loaded.
+# Threads that spin for long while they wait slow a busy machine down five-fold; read by OpenMP when torch is loaded.
 export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 1000
 
 .PHONY: build demo test gpu trial bench lint clean
 
