@@ -116,6 +116,17 @@ def test_trained_prototypes_move_and_stay_on_the_sphere(tiny, whole, tmp_path):
     torch.testing.assert_close(after.norm(dim=1), torch.ones(24))
 
 
+def test_compiled_backbones_train_alike(tiny, whole, tmp_path, monkeypatch):
+    """Traced whole by torch.compile; its own code generator would take minutes."""
+    compiled, real = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: (compiled.append(m), real(m, backend="eager",
+                                                                                        fullgraph=True)))
+    assert run(tiny, tmp_path / "run", "--compile") == 0
+    assert [type(m) for m in compiled] == [model.Backbone] * 2
+    for one, other in zip(log(whole)[1:], log(tmp_path / "run")[1:], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
 def test_guiding_starts_when_asked(tiny, tmp_path):
     assert run(tiny, tmp_path / "run", "--guide-start", "1") == 0
     assert [s["guided"] for s in log(tmp_path / "run")[1:]] == [False, False, True, True]
