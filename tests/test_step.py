@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+import data
 import goca
 import model
 import pretrain
@@ -172,3 +174,25 @@ def test_describe_by_hand():
     assert out["rank"] == pytest.approx(4)
     out = pretrain.describe(torch.full((2, 2, 4, 7), -math.log(7)), torch.ones(2, 2, 4, 4))
     assert out["entropy"] == pytest.approx(math.log(7)) and out["rank"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("method", sorted(model.METHODS))
+def test_nothing_in_a_step_asks_for_a_value(method, monkeypatch):
+    """For which a GPU would keep the host waiting. Fake tensors have none, and refuse."""
+    s = settings(method=method, width=0.125, hidden=16)
+    monkeypatch.setattr(data, "_constant", data._constant.__wrapped__)  # keeps none of them
+    with FakeTensorMode():
+        net = model.two_view(vars(s), torch.randn(24, 16)).train()
+        optimizer = pretrain.make_optimizer(net, s)
+        batch = {view: torch.zeros(8, 8, 32, 32, c, dtype=torch.uint8) for view, c in model.CHANNELS.items()}
+        clips = {view: torch.empty(8, c, 8, 32, 32, memory_format=torch.channels_last_3d)
+                 for view, c in model.CHANNELS.items()}
+        data._augment_in_torch({**batch, "params": torch.zeros(8, 6)}, clips)
+        clips = [{view: x.unflatten(0, (4, 2)) for view, x in clips.items()}]
+        loss, *_ = pretrain.step_loss(net, clips, s, method == "goca", frozen="flow" if method == "vicc" else None)
+        loss.backward()
+        finite = pretrain.drop_if_not_finite(net.parameters())
+        optimizer.step()
+        net.renormalise()
+        with pytest.raises(DataDependentOutputException):
+            float(finite)
