@@ -84,7 +84,7 @@ trial: build
 	done
 	$(BIN)/python -m experiments.tables show $(foreach method,goca sep sview,$(TRIAL_RESULTS)/$(method).json)
 
-# All rows, about 8 minutes on 2 cores. VIDEOS=DIR reads real films in place of generated ones.
+# All rows, about 5 minutes on 2 cores. VIDEOS=DIR reads real films in place of generated ones.
 MACHINE ?= $(shell uname -m)_$(shell nproc)_cores
 bench: build
 	$(BIN)/python -m experiments.bench --json results/$(MACHINE).json $(if $(VIDEOS),--videos $(VIDEOS))

@@ -161,28 +161,24 @@ def loader(device, videos):
             sources = {"from the videos": data.TrainClips(films, store),
                        "from a store of RGB": data.TrainClips(films, store, rgb=rgb_store(films, Path(folder) / "rgb"))}
             fidelity(films, *sources.values())
-            at = 0
+            n = len(films)
 
-            def sample():  # each call of a round takes the next sample, over the rounds all take all
-                nonlocal at
-                at += 1
-                return at
+            def loaded(clips, i):
+                return default_collate([clips[(0, i)]])
 
-            def loaded(clips):
-                return default_collate([clips[(0, sample() % len(films))]])
-
-            def baseline():
-                out = frame_by_frame(films[sample() % len(films)], store, np.random.default_rng(0))
+            def baseline(i):
+                out = frame_by_frame(films[i], store, np.random.default_rng(i))
                 return [{view: x.to(device) for view, x in clip.items()} for clip in out]
 
-            made = data.augment(loaded(sources["from the videos"]), device)
-            assert sum(clip["rgb"].shape[1] for clip in made) == len(baseline()) == len(LENGTHS)
+            made = data.augment(loaded(sources["from the videos"], 0), device)
+            assert sum(clip["rgb"].shape[1] for clip in made) == len(baseline(0)) == len(LENGTHS)
             calls = {"": baseline}
             for source, clips in sources.items():
-                calls[f"{source}, augmented on the same core"] = lambda c=clips: data.augment(loaded(c), "cpu")
-                calls[f"{source}, augmentation left to the device"] = lambda c=clips: loaded(c)
-            baseline_ms, *ours = in_turns(list(calls.values()), device, seconds=25,
-                                          clock=time.process_time)
+                calls[f"{source}, augmented on the same core"] = lambda i, c=clips: data.augment(loaded(c, i), "cpu")
+                calls[f"{source}, augmentation left to the device"] = lambda i, c=clips: loaded(c, i)
+            every = in_turns([lambda call=call: [call(i) for i in range(n)] for call in calls.values()], device,
+                             seconds=25, clock=time.process_time)
+            baseline_ms, *ours = (ms / n for ms in every)
             ours += [through_a_process(clips) for clips in sources.values()]
             cases = [*list(calls)[1:], *(f"{source}, through a loader process" for source in sources)]
     finally:

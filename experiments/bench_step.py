@@ -11,7 +11,7 @@ same sums is much faster.
 
 import multiprocessing
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.nn.functional as F
@@ -82,30 +82,42 @@ def trainer(pipe, ours, device, case, threads):
             pipe.send(None)
 
 
-def step(device, videos):
-    case = (4, [(2, 16)], 64) if device.type == "cpu" else (10, [(2, 32), (4, 16)], 128)
+@contextmanager
+def trainers(device, case):
+    """The baseline's and our process -> their pipes; they end with them."""
     context = multiprocessing.get_context("spawn")
-    pipes = []
+    pipes, processes = [], []
     for ours in (False, True):
         pipe, theirs = context.Pipe()
-        context.Process(target=trainer, args=(theirs, ours, device, case, torch.get_num_threads()), daemon=True).start()
+        processes.append(context.Process(target=trainer, args=(theirs, ours, device, case, torch.get_num_threads()),
+                                         daemon=True))
+        processes[-1].start()
         theirs.close()
         pipes.append(pipe)
+    yield pipes
+    for pipe in pipes:
+        pipe.close()
+    for process in processes:
+        process.join()
+
+
+def step(device, videos):
+    case = (4, [(2, 16)], 64) if device.type == "cpu" else (10, [(2, 32), (4, 16)], 128)
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
+    a = torch.randn(n, n, device=device, dtype=dtype)
 
     def ask(pipe):
         pipe.send(None)
         pipe.recv()
 
-    (plain_loss, _, plain_peak), (loss, flops, peak) = [pipe.recv() for pipe in pipes]
-    assert abs(loss / plain_loss - 1) < (0.05 if device.type == "cuda" else 1e-3), (loss, plain_loss)
-    print(f"peak memory: baseline {plain_peak:.1f} GiB, ours {peak:.1f} GiB", file=sys.stderr)
-    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    baseline_ms, ours_ms, product_ms = in_turns([lambda: ask(pipes[0]), lambda: ask(pipes[1]), lambda: a @ a], device,
-                                                seconds=20, least=3)
+    with trainers(device, case) as pipes:
+        (plain_loss, _, plain_peak), (loss, flops, peak) = [pipe.recv() for pipe in pipes]
+        assert abs(loss / plain_loss - 1) < (0.05 if device.type == "cuda" else 1e-3), (loss, plain_loss)
+        baseline_ms, ours_ms, product_ms = in_turns([lambda: ask(pipes[0]), lambda: ask(pipes[1]), lambda: a @ a],
+                                                    device, seconds=20, least=3)
     floor_ms = flops / (2 * n**3) * product_ms
-    print(f"{flops / 1e9:.0f} GFLOP a step, {2 * n**3 / product_ms / 1e6:.0f} GFLOP/s in a matrix product of {n}",
-          file=sys.stderr)
+    print(f"peak memory: baseline {plain_peak:.1f} GiB, ours {peak:.1f} GiB; {flops / 1e9:.0f} GFLOP a step, "
+          f"{2 * n**3 / product_ms / 1e6:.0f} GFLOP/s in a matrix product of {n}", file=sys.stderr)
     crops = " + ".join(f"{v} x {t}" for v, t in case[1])
     yield row("step", f"S3D, {case[0]} videos, {crops} frames of {case[2]} px, both views, LARS", device, baseline_ms,
               ours_ms, floor_ms)
