@@ -163,7 +163,7 @@ def fit_clips(net, views, found, store, recipe, s, settings, frozen, what, devic
     classifier = classifier.to(device, memory_format=torch.channels_last_3d)
     before = fingerprint(classifier.backbones)
     if world > 1:
-        synchronise_batch_norm(classifier if not frozen else classifier.head, device)
+        synchronise_batch_norm(classifier if not frozen else classifier.head)
     optimizer = make_optimizer(classifier, recipe)
     path = Path(s.out) / f"{what}.pt"
     settings = {**settings, **recipe._asdict(), "milestones": list(recipe.milestones), "weights": before,

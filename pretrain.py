@@ -243,7 +243,7 @@ def train_in(device, rank, world, s):
     for backbone in core.backbones.values():
         backbone.recompute = s.recompute
     if world > 1 and s.sync_batch_norm:
-        core = synchronise_batch_norm(core, device)
+        core = synchronise_batch_norm(core)
     optimizer = make_optimizer(core, s)
     settings = {**vars(s), "global_batch": s.batch_size * world, "flow_header": store.header,
                 "train_videos": len(videos)}

@@ -19,6 +19,7 @@ from torch import nn
 
 import data
 
+_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 renamed it
 LOST = os.EX_TEMPFAIL  # 75: status of a process that waited in vain for the others; the same command continues
 
 
@@ -125,8 +126,44 @@ class _Normalise(torch.autograd.Function):
         return dx.add_(torch.addcmul(shift.view(shape), x, slope.view(shape))), dweight, dbias, None
 
 
+class _NormaliseOnGpu(torch.autograd.Function):
+    """The same by torch's kernels for GPUs, which read bfloat16 and sum in float32. Its SyncBatchNorm calls them too,
+    but asks first which processes have no samples, and the host waits for the answer; here all have some.
+
+    x [B, C, ...] of this process, of any B; the running statistics are updated. -> normalised x.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
+        x = _dense(x)
+        mean, invstd = torch.batch_norm_stats(x, eps)
+        own = torch.cat([mean, invstd, mean.new_full((1,), x.numel() // x.shape[1])])
+        every = own.new_empty(dist.get_world_size() * len(own))
+        _gather_flat(every, own)
+        means, invstds, counts = every.view(-1, len(own)).split([len(mean), len(mean), 1], dim=1)
+        mean, invstd = torch.batch_norm_gather_stats_with_counts(x, means, invstds, running_mean, running_var, momentum,
+                                                                 eps, counts.flatten())
+        ctx.save_for_backward(x, weight, mean, invstd, counts.to(torch.int32))
+        return torch.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, mean, invstd, counts = ctx.saved_tensors
+        grad = _dense(grad)
+        *sums, dweight, dbias = torch.batch_norm_backward_reduce(grad, x, mean, invstd, weight, True, True, True)
+        sums = torch.stack(sums)  # over this process's samples of grad, and of grad (x - mean)
+        dist.all_reduce(sums)
+        dx = torch.batch_norm_backward_elemt(grad, x, mean, invstd, weight, *sums, counts)
+        return dx, dweight, dbias, None, None, None, None
+
+
+def _dense(x):
+    """x as the kernels want it: channels last, or contiguous."""
+    return x if x.is_contiguous(memory_format=torch.channels_last_3d) else x.contiguous()
+
+
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over all processes' samples on the CPU, where torch's SyncBatchNorm does not run."""
+    """Batch norm over all processes' samples, without waiting for the device; each process has some."""
 
     def _check_input_dim(self, x):
         pass
@@ -134,6 +171,10 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
+        if x.device.type == "cuda":
+            self.num_batches_tracked.add_(1)
+            return _NormaliseOnGpu.apply(x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum,
+                                         self.eps)
         y, mean, var, total = _Normalise.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
@@ -142,10 +183,8 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         return y
 
 
-def synchronise_batch_norm(net, device):
+def synchronise_batch_norm(net):
     """Let every batch norm see the whole batch, as one process would."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
     for m in net.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.__class__ = GlobalBatchNorm  # same parameters and buffers

@@ -80,7 +80,7 @@ def record(videos=10):
     try:
         device, s = torch.device("cpu"), settings()
         net, _ = network(s, device, torch.channels_last_3d)
-        net = processes.synchronise_batch_norm(net, device)
+        net = processes.synchronise_batch_norm(net)
         net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
         net.register_comm_hook(dist.group.WORLD, bucket_hook)
         clips = random_clips(device, torch.channels_last_3d, videos, [(2, 8), (4, 8)], 32)

@@ -35,6 +35,12 @@ def test_processes_have_the_loss_and_gradients_of_one(forked, tmp_path, method, 
     forked("gradients", method=method, world=world, videos=videos, said=tmp_path / "said")
 
 
+@pytest.mark.parametrize("rows", [(3, 4), (5, 1, 2)])
+def test_batch_norm_on_gpus_is_that_of_one_process(forked, tmp_path, rows):
+    """The messages and what is made of them, with stand-ins for the five kernels."""
+    forked("gpu_batch_norms", rows=rows, said=tmp_path / "said")
+
+
 def test_1_2_and_3_processes_train_alike_on_an_uneven_last_batch(tiny, forked, tmp_path):
     """20 videos in batches of 12 and 8 (3 processes: 3 + 3 + 2): losses, learning rates, weights, batch norm."""
     forked("shares", argv=command(tiny, "--epochs", "2", "--keep-last", "--log-every", "1"), root=tmp_path, batch=12,
