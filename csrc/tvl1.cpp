@@ -43,12 +43,11 @@ Tensor empty_flow(const Tensor& frames) {
 }
 
 #ifdef GOCA_CUDA
-constexpr int64_t CUDA_BATCH = 256;  // pairs; where memory doesn't suffice, half as many, and so on
-
+// BATCH pairs together; where memory doesn't suffice, half as many, and so on.
 void flow_on_cuda(const tvl1::Args& args, const at::TensorOptions& options) {
   const auto stream = c10::cuda::getCurrentCUDAStream().stream();
   const int64_t pairs = args.videos * (args.frames - 1);
-  int64_t batch = std::min(pairs, CUDA_BATCH);
+  int64_t batch = std::min(pairs, tvl1::cuda::BATCH);
   Tensor workspace;
   while (!workspace.defined()) {
     try {
@@ -58,8 +57,11 @@ void flow_on_cuda(const tvl1::Args& args, const at::TensorOptions& options) {
       batch = (batch + 1) / 2;
     }
   }
+  const Tensor pinned = at::empty({2 * batch * int64_t(sizeof(tvl1::cuda::Control))},
+                                  at::TensorOptions().dtype(at::kByte).pinned_memory(true));
   for (int64_t first = 0; first < pairs; first += batch) {
-    tvl1::cuda::flow(args, first, std::min(batch, pairs - first), workspace.mutable_data_ptr(), stream);
+    tvl1::cuda::flow(args, first, std::min(batch, pairs - first), workspace.mutable_data_ptr(),
+                     static_cast<tvl1::cuda::Control*>(pinned.mutable_data_ptr()), stream);
   }
 }
 #endif

@@ -5,8 +5,16 @@
 #include "tvl1.h"
 
 namespace goca::tvl1::cuda {
+constexpr int64_t BATCH = 256;  // pairs together, at most
+
+struct Control {  // of a pair
+  int going, flow, dual;  // whether it iterates; which of two planes hold the newest u, and p
+  int done;               // blocks that have finished the iteration
+};
+
 size_t workspace_bytes(const Args&, int64_t pairs);
 
-// Flow of pairs first .. first + pairs of all, in `workspace` on the device; waits for the device now and then.
-void flow(const Args&, int64_t first, int64_t pairs, void* workspace, cudaStream_t);
+// Flow of pairs first .. first + pairs of all, in `workspace` on the device and `pinned` [2 * pairs] on the host; waits
+// for the device now and then.
+void flow(const Args&, int64_t first, int64_t pairs, void* workspace, Control* pinned, cudaStream_t);
 }  // namespace goca::tvl1::cuda

@@ -23,17 +23,23 @@ FEW = dict(inner=6, outer=2, warps=2)  # a fibre a thread is slow
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
+def library(tmp_path_factory):
     if not shutil.which("g++"):
         pytest.skip("no g++ to compile the kernels with")
-    if goca._goca is None:
-        pytest.skip(f"the extension isn't built, so there is nothing to compare with: {goca.BUILD}")
     path = tmp_path_factory.mktemp("tvl1_cuda_on_cpu") / "kernels.so"
     done = subprocess.run(["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-fno-gnu-unique",
                            "-U_FORTIFY_SOURCE", "-w", f"-I{HERE / 'cuda_on_cpu'}", f"-I{HERE.parent / 'csrc'}",
                            str(HERE / "cuda_on_cpu" / "run_tvl1.cpp"), "-o", str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     library = ctypes.CDLL(str(path))
+    library.blocks.restype = ctypes.c_int64
+    return library
+
+
+@pytest.fixture(scope="module")
+def kernels(library):
+    if goca._goca is None:
+        pytest.skip(f"the extension isn't built, so there is nothing to compare with: {goca.BUILD}")
 
     def run(frames, batch=256, order=0, **params):
         frames = frames.contiguous()
@@ -65,6 +71,41 @@ def test_stops_and_medians(kernels):
     films = torch.from_numpy(moved(18, 24, MOTIONS["right"]))[None]
     for params in (dict(epsilon=0.05), dict(median=1, inner=15, outer=1), dict(scales=1, warps=1)):
         assert torch.equal(kernels(films, **params), tvl1.flow(films, impl="compiled", **params))
+
+
+def test_pairs_that_ended_are_not_launched(kernels, library):
+    """The first goes on long after the others have ended, beyond the host's first looks."""
+    moving = moved(18, 30, MOTIONS["right"])
+    films = torch.from_numpy(np.stack([moving] + 7 * [np.stack([texture(18, 30, 5)] * 2)]))
+    params = dict(scales=1, warps=1, epsilon=0.001, inner=30, outer=2)
+    blocks = []
+    for batch in (films[:1], films):
+        before = library.blocks()
+        flow = kernels(batch, **params)
+        blocks.append(library.blocks() - before)
+        assert torch.equal(flow, tvl1.flow(batch, impl="compiled", **params))
+    alone, together = blocks
+    tiles = 3  # of a pair
+    assert alone > 64 * tiles, "degenerate: the first ended before its 60 iterations and 2 medians of 2 components"
+    assert together - alone < 7 * tiles * 42, "20 iterations to the second look, a median, loading, storing: about 30"
+
+
+def test_length_is_rounded_as_through_doubles(library):
+    """Also where the length lies in the middle between two floats, and far from 1."""
+    random = np.random.default_rng(0)
+    n = 400_000
+    x, y = (random.normal(size=n) * 10.0 ** random.integers(-24, 18, n) for _ in range(2))
+    a = random.integers(2900, 4090, n)
+    b = random.integers(2900, 4090, n) // 2 * 2 + 1 - a % 2  # a^2 - b^2, 2ab: the length a^2 + b^2 is odd,
+    assert np.all((a * a + b * b > 2**24) & (a * a + b * b < 2**25))  # one bit too long for a float
+    x, y = (np.concatenate(parts).astype(np.float32) for parts in (
+        (x, a * a - b * b, [0, 0, 1, 3e-30, 1e-38, 1e-45, 3e30]),
+        (y, 2 * a * b, [0, 1, 0, 4e-30, 1e-38, 0, 1e30])))
+    expected = np.sqrt(x.astype(np.float64)**2 + y.astype(np.float64)**2).astype(np.float32)
+    lengths = np.full(len(x), np.nan, np.float32)
+    library.lengths(*(ctypes.c_void_p(v.ctypes.data) for v in (x, y)), ctypes.c_int64(len(x)),
+                    ctypes.c_void_p(lengths.ctypes.data))
+    assert np.array_equal(lengths, expected)
 
 
 def test_the_order_of_threads_changes_no_bit(kernels):

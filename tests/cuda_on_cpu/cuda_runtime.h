@@ -29,8 +29,8 @@
 #define __CUDACC__
 
 struct dim3 {
-  unsigned x, y = 1, z = 1;
-  dim3(unsigned x) : x(x) {}
+  unsigned x, y, z;
+  dim3(unsigned x, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
 namespace emulated {
@@ -76,7 +76,8 @@ inline void switch_back() {
   if (!_setjmp(current->here)) _longjmp(scheduler, 1);
 }
 
-inline int64_t steps;  // arrivals at barriers, and ends
+inline int64_t steps;   // arrivals at barriers, and ends
+inline int64_t blocks;  // launched so far
 
 inline void wait(Barrier& b) {
   const int64_t generation = b.generation;
@@ -109,7 +110,8 @@ inline void run_blocks(unsigned first, unsigned last, size_t shared_bytes) {
     for (unsigned t = 0; t < block_size.x; ++t) {
       auto f = std::make_unique<Fibre>();
       ++block.warps[t / 32].members;
-      f->thread.x = t, f->block.x = b, f->home = &block;
+      f->thread.x = t, f->home = &block;
+      f->block = {b % grid_size.x, b / grid_size.x % grid_size.y, b / grid_size.x / grid_size.y};
       if (stacks.size() == fibres.size()) stacks.emplace_back(new char[STACK]);
       getcontext(&f->start);
       f->start.uc_stack.ss_sp = stacks[fibres.size()].get();
@@ -144,8 +146,10 @@ void run(dim3 grid, dim3 block, size_t shared, bool at_once, F f) {
   body = [](void* data) { (*static_cast<F*>(data))(); };
   body_data = &f;
   if (at_once) return run_blocks(0, grid.x, shared);
-  for (unsigned k = 0; k < grid.x; ++k) {
-    const unsigned b = order == 1 ? grid.x - 1 - k : k;
+  const unsigned count = grid.x * grid.y * grid.z;
+  blocks += count;
+  for (unsigned k = 0; k < count; ++k) {
+    const unsigned b = order == 1 ? count - 1 - k : k;
     run_blocks(b, b + 1, shared);
   }
 }
@@ -168,6 +172,40 @@ T __shfl_xor_sync(unsigned, T x, int offset) {
   std::memcpy(&x, &block.shuffle[t ^ offset], sizeof(T));
   emulated::wait(block.warps[t / 32]);
   return x;
+}
+
+template <typename T>
+T __shfl_sync(unsigned, T x, int lane) {
+  auto& block = *emulated::current->home;
+  const unsigned t = threadIdx.x;
+  std::memcpy(&block.shuffle[t], &x, sizeof(T));
+  emulated::wait(block.warps[t / 32]);
+  std::memcpy(&x, &block.shuffle[t / 32 * 32 + lane], sizeof(T));
+  emulated::wait(block.warps[t / 32]);
+  return x;
+}
+
+inline void __threadfence() {}
+
+template <typename T>
+T atomicAdd(T* to, T x) {
+  const T before = *to;
+  *to += x;
+  return before;
+}
+
+template <typename T>
+T __ldcg(const T* from) { return *from; }
+
+// A card's is within two last places; so is this, now above and now below.
+inline float rsqrtf(float x) {
+  float exact = float(1 / std::sqrt(double(x)));
+  uint32_t bits, hash;
+  std::memcpy(&hash, &x, sizeof x);
+  std::memcpy(&bits, &exact, sizeof bits);
+  bits += (hash * 2654435761u >> 30) - 2;  // -2 .. 1
+  std::memcpy(&exact, &bits, sizeof bits);
+  return exact;
 }
 
 template <typename T>
@@ -194,10 +232,38 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
   return std::memset(p, value, bytes), cudaSuccess;
 }
 enum cudaMemcpyKind { cudaMemcpyDeviceToDevice, cudaMemcpyDeviceToHost };
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
-  return std::memcpy(to, from, bytes), cudaSuccess;
+// What goes to the host is there once an event after it was waited for, and not sooner.
+struct Copy {
+  void* to;
+  std::vector<char> bytes;
+};
+struct Event {
+  size_t copies = 0;
+};
+using cudaEvent_t = Event*;
+namespace emulated {
+inline std::vector<Copy> copies;
+inline size_t arrived = 0;
+}  // namespace emulated
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+  if (kind == cudaMemcpyDeviceToDevice) return std::memcpy(to, from, bytes), cudaSuccess;
+  const char* first = static_cast<const char*>(from);
+  emulated::copies.push_back({to, {first, first + bytes}});
+  return std::memset(to, 0xff, bytes), cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+enum { cudaEventDisableTiming };
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, int) { return *event = new Event, cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+  return event->copies = emulated::copies.size(), cudaSuccess;
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  for (; emulated::arrived < event->copies; ++emulated::arrived) {
+    const Copy& copy = emulated::copies[emulated::arrived];
+    std::memcpy(copy.to, copy.bytes.data(), copy.bytes.size());
+  }
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
 
 template <typename... Args, size_t... I>
 void emulated_call(void (*kernel)(Args...), void** args, std::index_sequence<I...>) {

@@ -8,8 +8,15 @@ extern "C" void run(const uint8_t* bytes, const float* floats, const int64_t* si
                               {params[0], params[1], params[2], int64_t(params[3]), int64_t(params[4]), params[5],
                                int64_t(params[6]), int64_t(params[7]), params[8], params[9] == 5}, flow};
   std::vector<char> workspace(goca::tvl1::cuda::workspace_bytes(args, batch) + 256, char(0xff));  // NaN
+  std::vector<goca::tvl1::cuda::Control> pinned(2 * batch);
   const int64_t pairs = args.videos * (args.frames - 1);
   for (int64_t first = 0; first < pairs; first += batch) {
-    goca::tvl1::cuda::flow(args, first, std::min(batch, pairs - first), workspace.data(), nullptr);
+    goca::tvl1::cuda::flow(args, first, std::min(batch, pairs - first), workspace.data(), pinned.data(), nullptr);
   }
+}
+
+extern "C" int64_t blocks() { return emulated::blocks; }
+
+extern "C" void lengths(const float* x, const float* y, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = goca::tvl1::cuda::length(x[i], y[i]);
 }
