@@ -7,15 +7,13 @@ that the order in which threads run changes no bit. Not checked, for it needs a 
 import ctypes
 import itertools
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import cuda_on_cpu
 
 import goca
 
-HERE = Path(__file__).parent
 TYPES = {torch.float32: ("f32", 1e-5), torch.float64: ("f64", 1e-12)}
 ONE_LAUNCH, MANY_LAUNCHES = 1 << 30, 0  # bytes of L2 cache, which decide
 
@@ -53,14 +51,8 @@ class Card:
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    if not shutil.which("g++"):
-        pytest.skip("no g++ to compile the kernels with")
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    run = subprocess.run(["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-fno-gnu-unique", "-U_FORTIFY_SOURCE", "-w",
-                          f"-I{HERE / 'cuda_on_cpu'}", f"-I{HERE.parent / 'csrc'}",
-                          str(HERE / "cuda_on_cpu" / "run.cpp"), "-o", str(folder / "kernels.so")],
-                         capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    cuda_on_cpu("run.cpp", folder / "kernels.so")
     return folder
 
 

@@ -327,7 +327,7 @@ def test_processes_equal_one_process_on_the_whole_batch(rows, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on the PATH")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_cuda_kernels_compile_without_torch(arch, tmp_path):
+def test_nvcc_compiles_the_kernels_without_torch(arch, tmp_path):
     run = subprocess.run(["nvcc", "-std=c++17", "-O3", "-cubin", f"-arch={arch}", "-Xptxas", "-v", "-o",
                           str(tmp_path / "cuda.cubin"), str(ROOT / "csrc" / "cuda.cu")], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
