@@ -194,7 +194,7 @@ def features(net, found, store, s, device, what, rank=0, world=1):
     made_by = f"python evaluate.py features --{'weights' if s.weights else 'checkpoint'} {s.checkpoint}"
     if path is None or not path.exists():
         joined = _extract_all(net, videos, store, s, device, what, path, rank, world)
-        if rank == 0:
+        if rank == 0 and len(joined["kept"]):
             header |= {"key": key, "classes": found.classes}
             joined |= {"names": np.array([videos[i].name for i in joined["kept"]], str),
                        "labels": np.array([videos[i].label for i in joined["kept"]], np.int64)}

@@ -34,6 +34,7 @@ weight of the samples in the first column sums, and so the result of a few round
 """
 
 import math
+import numbers
 import warnings
 
 import torch
@@ -214,7 +215,7 @@ def _describe(x):
 
 
 def _is_int(x):
-    return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool)
+    return isinstance(x, (numbers.Integral, torch.SymInt)) and not isinstance(x, bool)
 
 
 def _tensor(name, x, shape, check_finite, **divisors):
@@ -240,7 +241,7 @@ def _tensor(name, x, shape, check_finite, **divisors):
         if not all(map(math.isfinite, ends)):
             raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(x)).sum())} NaN or infinite values")
         for divisor, value in divisors.items():
-            if largest / value > torch.finfo(x.dtype).max / 8:  # room for the logarithm's base, and for a difference
+            if largest / float(value) > torch.finfo(x.dtype).max / 8:  # room for the logarithm's base, and for a difference
                 raise ValueError(f"{name} must stay within {x.dtype} when divided by {divisor}, "
                                  f"got up to {largest:.3g} / {value:.3g}")
     return x
@@ -265,13 +266,13 @@ def _check_crops(scores):
 
 
 def _check_positive(name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
 def _check_weights(lambda1, lambda2, iters, prior_sign):
     _check_positive("lambda1", lambda1)
-    if isinstance(lambda2, bool) or not isinstance(lambda2, (int, float)) or not 0 <= lambda2 < math.inf:
+    if isinstance(lambda2, bool) or not isinstance(lambda2, numbers.Real) or not 0 <= lambda2 < math.inf:
         raise ValueError(f"lambda2 must be a number of 0 or more (0: no guiding), got {lambda2!r}")
     if not _is_int(iters) or iters < 1:
         raise ValueError(f"iters must be an integer of at least 1, got {iters!r}")

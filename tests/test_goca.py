@@ -8,6 +8,7 @@ import math
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -324,6 +325,12 @@ def test_bad_arguments_are_named(impl, name):
     for call in BAD[name]:
         with pytest.raises(ValueError, match=rf"^{name} must .*(got|infinite)"):
             call(impl=impl)
+
+
+def test_numbers_of_numpy_are_numbers(impl):
+    given = goca.guided_loss(S, n_assign=np.int64(2), lambda1=np.float32(0.02), lambda2=np.float64(0.03),
+                             iters=np.int32(3), temperature=np.float32(0.1), impl=impl)
+    torch.testing.assert_close(given, goca.guided_loss(S, impl=impl))
 
 
 def test_bad_impl():
