@@ -194,15 +194,16 @@ def features(net, found, store, s, device, what, rank=0, world=1):
     made_by = f"python evaluate.py features --{'weights' if s.weights else 'checkpoint'} {s.checkpoint}"
     if path is None or not path.exists():
         joined = _extract_all(net, videos, store, s, device, what, path, rank, world)
-        if rank == 0 and len(joined["kept"]):
+        if rank == 0:
             header |= {"key": key, "classes": found.classes}
             joined |= {"names": np.array([videos[i].name for i in joined["kept"]], str),
                        "labels": np.array([videos[i].label for i in joined["kept"]], np.int64)}
-            if path:
+            if path and len(joined["kept"]):
                 data.save_arrays(path, "features", header, **joined)
+                print(f"written: {path}")
+            if path:  # of nothing, too: the same command is to try again
                 for part in path.parent.glob(f".{path.stem}-*.npz"):
                     part.unlink()
-                print(f"written: {path}")
     elif rank == 0:
         header, joined = data.load_arrays(path, "features", made_by)
         if header.get("key") != key:

@@ -241,7 +241,8 @@ def _tensor(name, x, shape, check_finite, **divisors):
         if not all(map(math.isfinite, ends)):
             raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(x)).sum())} NaN or infinite values")
         for divisor, value in divisors.items():
-            if largest / float(value) > torch.finfo(x.dtype).max / 8:  # room for the logarithm's base, and for a difference
+            # an eighth: room for the logarithm's base, and for a difference
+            if largest / float(value) > torch.finfo(x.dtype).max / 8:
                 raise ValueError(f"{name} must stay within {x.dtype} when divided by {divisor}, "
                                  f"got up to {largest:.3g} / {value:.3g}")
     return x
