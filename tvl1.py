@@ -20,6 +20,8 @@ coordinates to 1/32 px; OpenCV 5 and this do not.
 does, ten times as fast as that.
 """
 
+import numbers
+
 import torch
 import torch.nn.functional as F
 
@@ -48,11 +50,14 @@ def flow(frames, *, impl="auto", **params):
     if unknown := params.keys() - DEFAULTS.keys():
         raise ValueError(f"TV-L1 has no parameter {', '.join(sorted(unknown))}; it has {', '.join(DEFAULTS)}")
     params = {**DEFAULTS, **params}
+    for name, value in params.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ValueError(f"{name} must be a number, got {value!r}")
     for name in ("tau", "lam", "theta"):
         if not 0 < params[name] < float("inf"):
             raise ValueError(f"{name} must be a positive number, got {params[name]}")
     for name in ("scales", "warps", "inner", "outer"):
-        if params[name] != int(params[name]) or params[name] < 1:
+        if params[name] < 1 or params[name] % 1:  # NaN and infinity have no remainder 0
             raise ValueError(f"{name} must be a whole number of at least 1, got {params[name]}")
     if not 0 <= params["epsilon"] < float("inf"):
         raise ValueError(f"epsilon must be a number of 0 or more, got {params['epsilon']}")
@@ -60,6 +65,7 @@ def flow(frames, *, impl="auto", **params):
         raise ValueError(f"scale_step must lie between 0 and 1, got {params['scale_step']}")
     if params["median"] not in (1, 5):
         raise ValueError(f"median must be 5, or 1 for none, got {params['median']}")
+    params = {name: type(default)(params[name]) for name, default in DEFAULTS.items()}  # numpy's scalars too
     if impl not in ("auto", "reference", "compiled"):
         raise ValueError(f"impl must be auto, reference or compiled, got {impl!r}")
     if impl == "compiled" or (impl == "auto" and goca._goca is not None):

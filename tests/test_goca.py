@@ -311,9 +311,10 @@ BAD = {  # name of the argument that the message must begin with -> calls
         partial(goca.guided_loss, S, first_row=1), partial(goca.guided_loss, S, batch_scores=W[:, :, :2]),
         *(partial(goca.guided_loss, S, batch_scores=W, first_row=x) for x in (1, -1, 0.0))],
     "n_assign": [partial(goca.guided_loss, S, n_assign=x) for x in (0, 4, 1.0, True)],
-    "lambda1": [partial(f, S, lambda1=x) for f in ALL for x in (0, -0.02, math.nan, math.inf, "a", True)],
+    "lambda1": [partial(f, S, lambda1=x) for f in ALL for x in (0, -0.02, math.nan, math.inf, "a", True, np.True_,
+                                                                   np.float32("nan"))],
     "lambda2": [partial(f, S, lambda2=x) for f in ALL for x in (-0.01, math.nan, math.inf, None)],
-    "iters": [partial(f, S, iters=x) for f in ALL for x in (0, -1, 2.5, True)],
+    "iters": [partial(f, S, iters=x) for f in ALL for x in (0, -1, 2.5, True, np.float32(3), np.int64(0), np.True_)],
     "prior_sign": [partial(f, S, prior_sign=x) for f in ALL for x in (0, 2, None)],
     "temperature": [partial(f, temperature=x) for f in (partial(goca.swapped_loss, S, T), partial(goca.guided_loss, S))
                     for x in (0, -0.1, math.nan, None)],
@@ -328,9 +329,14 @@ def test_bad_arguments_are_named(impl, name):
 
 
 def test_numbers_of_numpy_are_numbers(impl):
-    given = goca.guided_loss(S, n_assign=np.int64(2), lambda1=np.float32(0.02), lambda2=np.float64(0.03),
-                             iters=np.int32(3), temperature=np.float32(0.1), impl=impl)
-    torch.testing.assert_close(given, goca.guided_loss(S, impl=impl))
+    given = {"lambda1": np.float32(0.02), "lambda2": np.float64(0.03), "iters": np.int64(3), "prior_sign": np.int8(1)}
+    plain = {name: value.item() for name, value in given.items()}
+    for f in ALL:
+        torch.testing.assert_close(f(S, impl=impl, **given), f(S, impl=impl, **plain))
+    torch.testing.assert_close(goca.swapped_loss(S, T, np.float16(0.5), impl=impl),
+                               goca.swapped_loss(S, T, 0.5, impl=impl))
+    part = partial(goca.guided_loss, S[:, :, 1:], batch_scores=W, impl=impl)
+    torch.testing.assert_close(part(n_assign=np.int32(2), first_row=np.int64(1)), part(n_assign=2, first_row=1))
 
 
 def test_bad_impl():

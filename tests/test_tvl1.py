@@ -253,12 +253,22 @@ GOOD = torch.zeros(1, 2, 16, 16)
     (GOOD, {"inner": 1.5}, "inner must be a whole number"),
     (GOOD, {"epsilon": -1.0}, "epsilon must be"),
     (GOOD, {"scale_step": 1.0}, "scale_step must lie between 0 and 1"),
+    (GOOD, {"warps": float("inf")}, "warps must be a whole number"),
+    (GOOD, {"scales": True}, "scales must be a number, got True"),
+    (GOOD, {"lam": "a"}, "lam must be a number, got 'a'"),
     (GOOD, {"median": 3}, "median must be 5, or 1"),
     (GOOD, {"impl": "fast"}, "impl must be auto, reference or compiled"),
 ])
 def test_bad_input(frames, params, words):
     with pytest.raises(ValueError, match=words):
         tvl1.flow(frames, **params)
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("compiled", marks=built)])
+def test_scalars_of_numpy_are_numbers(impl):
+    x = torch.rand(1, 2, 20, 20, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(tvl1.flow(x, impl=impl, warps=np.int64(1), outer=np.int32(1), epsilon=np.float32(0.5)),
+                       tvl1.flow(x, impl=impl, warps=1, outer=1, epsilon=0.5))
 
 
 @built
