@@ -7,7 +7,7 @@ import torch
 
 import data
 import experiments.bench
-from experiments import bench_data, bench_prototypes, bench_step
+from experiments import bench_data, bench_flow, bench_prototypes, bench_step
 from experiments.measure import row
 
 
@@ -73,3 +73,12 @@ def test_rows_are_printed_and_written(tmp_path, monkeypatch, capsys):
     assert written == {"row": "x", "case": "a case", "device": "cpu", "threads": torch.get_num_threads(),
                        "baseline_ms": 6.0, "ours_ms": 2.0, "ratio": 3.0, "floor_ms": 1.0}
     assert "baseline 6.000 ms, ours 2.000 ms, 3.0x, floor 1.000 ms" in capsys.readouterr().out
+
+
+def test_no_row_of_the_flow_claims_a_floor(monkeypatch):
+    monkeypatch.setattr(bench_flow, "in_turns", lambda calls, *args, **kwargs: [1.0 for _ in calls])
+    monkeypatch.setattr(bench_flow.tvl1, "flow", lambda frames, **kwargs: torch.zeros(len(frames), 1, 2, 240, 320))
+    monkeypatch.setattr(bench_flow, "NEAR", 9)
+    monkeypatch.setattr(bench_flow, "faster_methods", lambda *args: ())
+    rows = list(bench_flow.flow(torch.device("cpu"), None))
+    assert rows[-1]["case"].startswith("100 iterations") and {r["floor_ms"] for r in rows} == {None}
