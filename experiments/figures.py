@@ -2,16 +2,17 @@
 
     python -m experiments.figures prototypes --prototypes prototypes.npz --out figure3.png
     python -m experiments.figures training   --run RUN [--run RUN ...] --out training.png
-    python -m experiments.figures retrieval  --json retrieval.json [--versus other.json] --out figure4.png
+    python -m experiments.figures retrieval  --json retrieval.json [--versus other.json] [--split 2] --out figure4.png
     python -m experiments.figures lambda     --results DIR [--on ucf101] --out lambda.png
     python -m experiments.figures features   --features FILE [--versus FILE] --view rgb --out features.png
-    python -m experiments.figures confusion  --json finetune.json --view rgb+flow --out confusion.png
+    python -m experiments.figures confusion  --json finetune.json [--split 2] --view rgb+flow --out confusion.png
 
 prototypes: Fig. 3, t-SNE of the prototypes before (random) and after Eq. 11, and the cosine of each to its nearest.
 training: the curves of one or several RUN/log.jsonl. retrieval: Fig. 4, queries with their nearest videos, right and
 wrong ones framed and marked; with --versus the same queries answered by another network. lambda: Table 2, the
 paper's beside ours (`experiments.tables run --table 2`). features: t-SNE of a file of features of evaluate.py by class.
-confusion: classes against what a classifier, or the nearest neighbour, says.
+confusion: classes against what a classifier, or the nearest neighbour, says. Of a result of several splits the first
+is drawn, or that of --split.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import torch
 
 import data
 from experiments.paper import LAMBDA_GRID, LAMBDAS, TABLES
-from experiments.tables import SAME, collect, load, ours
+from experiments.tables import check_comparable, collect, load, ours
 from features import view_matrix
 
 matplotlib.use("Agg")
@@ -170,10 +171,7 @@ def retrieval(args):
             raise data.BadInput(f"there is no view {args.view} in it; it holds {', '.join(r['neighbours'])}")
         if [q["path"] for q in r["queries"]] != [q["path"] for q in results[0]["queries"]]:
             raise data.BadInput(f"{args.json} and {args.versus} answer different queries")
-        for k in SAME:
-            values = [x["protocol"].get(k) for x in (results[0], r)]
-            if values[0] != values[1]:
-                raise data.BadInput(f"{args.json} and {args.versus} can't be compared: {k} {values[0]} and {values[1]}")
+        check_comparable(args.versus, r["protocol"], args.json, results[0]["protocol"])
     queries, classes = results[0]["queries"], results[0]["classes"]
     by_class = {}
     for i in np.random.default_rng(args.seed).permutation(len(queries)):  # chance decides, not the outcome

@@ -281,14 +281,21 @@ def show_tables(args):
     return 0
 
 
+def check_comparable(path, protocol, first_path, first):
+    """Raise BadInput where two results differ in what their numbers depend on beside the network."""
+    differ = [f"{k} {protocol.get(k)} and {first.get(k)}" for k in SAME if protocol.get(k) != first.get(k)]
+    if differ:
+        raise data.BadInput(f"{path} and {first_path} can't be compared: {', '.join(differ)}")
+
+
 def show_files(args):
     """Print R@k of several results; ks that the smallest gallery does not allow are left out."""
     results = {path: load(path) for path in args.files}
     first = next(iter(results.values()))["protocol"]
     for path, r in results.items():
-        differ = [f"{k} {r['protocol'][k]} and {first[k]}" for k in SAME if r["protocol"][k] != first[k]]
-        if differ:
-            raise data.BadInput(f"{path} and {args.files[0]} can't stand in one table: {', '.join(differ)}")
+        if "gallery" not in r["protocol"]:
+            raise data.BadInput(f"{path} is no result of: python evaluate.py retrieval --json")
+        check_comparable(path, r["protocol"], args.files[0], first)
     ks = [k for k in args.k if all(f"R@{k}" in v for r in results.values() for v in r["results"].values())]
     print(f"{first['dataset']}, split {first['split']}, protocol {first['protocol']}: {first['queries']} queries, "
           f"{first['gallery']} gallery videos, {first['classes']} classes; ± is the standard error")
@@ -313,8 +320,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(prog="python -m experiments.tables",
                                 description="The tables of the paper, theirs beside ours.")
     commands = p.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("run", help="pre-train and evaluate what tables need",
-                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    c = commands.add_parser("run", help="pre-train and evaluate what tables need", formatter_class=data.Help)
     c.add_argument("--table", type=int, nargs="+", choices=TABLES, required=True)
     c.add_argument("--results", required=True, help="folder to fill")
     c.add_argument("--sets", required=True, help="JSON file of the data sets")
@@ -327,7 +333,8 @@ def main(argv=None):
     c.add_argument("--pretrain-flags", default="", help="for pretrain.py, in one string")
     c.add_argument("--evaluate-flags", default="", help="for evaluate.py, in one string")
     c.set_defaults(call=run)
-    c = commands.add_parser("show", help="tables of the paper, or R@k of several result files")
+    c = commands.add_parser("show", help="tables of the paper, or R@k of several result files",
+                            formatter_class=data.Help)
     c.add_argument("files", nargs="*", help="results of: python evaluate.py retrieval --json FILE")
     c.add_argument("--k", type=int, nargs="+", default=[1, 5], help="of result files")
     c.add_argument("--table", type=int, nargs="+", choices=TABLES)

@@ -193,3 +193,15 @@ def test_pictures_of_one_split_of_several(tmp_path, monkeypatch):
     (tmp_path / "other.json").write_text(json.dumps(other))
     with pytest.raises(data.BadInput, match="can't be compared: fusion"):
         figures.main(["retrieval", "--json", str(file), "--versus", str(tmp_path / "other.json"), "--out", out])
+
+
+def test_results_of_other_protocols_are_not_listed_together(tmp_path):
+    """Nor what is no result of retrieval."""
+    whole = {"protocol": "goca", "fusion": "average", "gallery": 2}
+    files = [result(tmp_path, run, 0, 50) for run in ("a", "b", "c")]
+    for file, more in zip(files, (whole, {**whole, "protocol": "coclr"}, {"protocol": "goca"}), strict=True):
+        out = json.loads(file.read_text())
+        file.write_text(json.dumps({**out, "protocol": out["protocol"] | more}))
+    for other, words in (files[1], "can't be compared: protocol coclr and goca"), (files[2], "is no result of"):
+        with pytest.raises(data.BadInput, match=words):
+            tables.main(["show", str(files[0]), str(other)])
