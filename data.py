@@ -32,6 +32,7 @@ from stores import (  # noqa: F401  (the stages' door to the file formats)
     AviWriter,
     BadInput,
     FlowStore,
+    Help,
     RgbStore,
     atomic,
     check_writable,

@@ -348,28 +348,21 @@ def recipe_of(s):
     return recipe._replace(**{k: v for k, v in (("epochs", s.epochs), ("lr", s.lr)) if v is not None})
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Say a default only where there is one."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
 def arguments(argv=None):
-    p = argparse.ArgumentParser(description="Evaluate a representation.")
+    p = argparse.ArgumentParser(prog="evaluate.py", description="Evaluate a representation.")
     commands = p.add_subparsers(dest="command", required=True)
     about = {"features": "extract and keep features", "retrieval": "R@k of nearest neighbours (Tables 1-5)",
              "cluster": "Acc, NMI, F1 of k-means (Table 6)", "linear": "linear probe (Table 8)",
              "finetune": "fine-tuning (Table 7)"}
     for name in COMMANDS:
-        c = commands.add_parser(name, help=about[name], formatter_class=Help)
+        c = commands.add_parser(name, help=about[name], formatter_class=data.Help)
         g = c.add_argument_group("input and output")
         of = g.add_mutually_exclusive_group(required=True)
         of.add_argument("--checkpoint", help="a run's folder, a checkpoint, or none (untrained network)")
         of.add_argument("--weights", nargs="+", metavar="[rgb=|flow=]FILE",
                         help="an export, or weights of the released GOCA, CoCLR, ViCC, or torchvision")
         g.add_argument("--dataset", choices=data.DATASETS, default="folder")
-        g.add_argument("--videos", required=True)
+        g.add_argument("--videos", required=True, help="folder of videos")
         g.add_argument("--splits", help="folder of the data set's official lists")
         g.add_argument("--split", type=int, nargs="+", default=[1], choices=(1, 2, 3), help="several: also their mean")
         g.add_argument("--flow", required=True, help="flow store of flow.py")

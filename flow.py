@@ -304,6 +304,7 @@ def main(argv=None):
         return info(p.parse_args(argv[1:]))
     own = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     p = argparse.ArgumentParser(prog="flow.py", description="Optical flow (TV-L1) of a folder of videos.",
+                                formatter_class=data.Help,
                                 epilog="flow.py info STORE says what a store holds (flow.py info --help).")
     p.add_argument("--videos", required=True, help="folder of videos, searched with all below it")
     p.add_argument("--out", required=True, help="the flow store: a new folder, or one to continue")

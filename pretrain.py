@@ -342,7 +342,7 @@ def train_in(device, rank, world, s):
 def arguments(argv=None):
     p = argparse.ArgumentParser(description="GOCA pre-training on RGB and flow; defaults are the paper's. @FILE stands "
                                 "for the flags in FILE, such as @presets/ucf101-s3d; later ones win.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter, fromfile_prefix_chars="@")
+                                formatter_class=data.Help, fromfile_prefix_chars="@")
     p.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
     g = p.add_argument_group("input and output")
     g.add_argument("--dataset", choices=data.DATASETS, default="folder")

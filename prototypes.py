@@ -280,7 +280,8 @@ def held(out, settings):
 
 def main(argv=None):
     """The command -> exit status 0. Raises BadInput."""
-    p = argparse.ArgumentParser(prog="prototypes.py", description="Prototypes as far apart as they go (Eq. 11).")
+    p = argparse.ArgumentParser(prog="prototypes.py", description="Prototypes as far apart as they go (Eq. 11).",
+                                formatter_class=data.Help)
     p.add_argument("--num", type=int, default=1000, help="prototypes, N (default 1000, the paper's)")
     p.add_argument("--dim", type=int, default=128, help="their dimension (default 128, the paper's)")
     p.add_argument("--seed", type=int, default=0, help="of the start and of rotations (default 0)")

@@ -10,6 +10,7 @@ Each is versioned, written to a temporary name and renamed, and loaded without e
 names of this file on: stages say `data.FlowStore`.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -41,6 +42,19 @@ def command_line(main):
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues", file=sys.stderr)
         sys.exit(130)
+
+
+class Help(argparse.HelpFormatter):
+    """Help of a command: each flag with its default where it has one and its text names none."""
+
+    def add_argument(self, action):
+        value = action.default
+        has = not (value is None or value is False or value in ("", [], argparse.SUPPRESS))
+        if has and "default" not in (action.help or ""):
+            shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            said = f"default: {shown.replace('%', '%%')}"
+            action.help = f"{action.help} ({said})" if action.help else said
+        super().add_argument(action)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from stores import BadInput, command_line, load_arrays, save_arrays
+from stores import BadInput, Help, command_line, load_arrays, save_arrays
 from workers import cores, in_processes
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read once by OpenCV; our sentence instead of a codec's
@@ -362,7 +362,8 @@ def scan(root, path, workers=None, time_limit=60, progress=False):
 
 def main(argv=None):
     """The command -> exit status: 0, or with --strict 1 if a video gives no frames or fewer than it declares."""
-    p = argparse.ArgumentParser(description="Count the frames that each video really gives.")
+    p = argparse.ArgumentParser(prog="videos.py", description="Count the frames that each video really gives.",
+                                formatter_class=Help)
     p.add_argument("--videos", required=True, help="folder of videos, searched with all below it")
     p.add_argument("--index", required=True, help="file to write, or to bring up to date (.npz)")
     p.add_argument("--workers", type=int, help="processes (default: one a core)")

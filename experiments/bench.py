@@ -24,13 +24,13 @@ import sys
 import torch
 
 import goca
-from data import BadInput, atomic, check_writable, command_line
+from data import Help, atomic, check_writable, command_line
 from experiments.bench_data import loader
 from experiments.bench_evaluation import evaluation
 from experiments.bench_flow import flow
 from experiments.bench_prototypes import prototypes
 from experiments.bench_step import step
-from experiments.measure import in_turns, machine_rates, row
+from experiments.measure import add_device, device_of, in_turns, machine_rates, row
 from experiments.released import exp_domain_loss
 
 
@@ -73,22 +73,21 @@ ROWS = {"operator": operator, "step": step, "loader": loader, "prototypes": prot
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__.split("\n")[0],
+                                     formatter_class=Help)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"from: {' '.join(ROWS)} (default: all)")
     parser.add_argument("--json", metavar="FILE", help="write the rows as a JSON list")
     parser.add_argument("--videos", metavar="DIR", help="real films for the rows that read some (default: generated)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="(default: %(default)s)")
+    add_device(parser)
     args = parser.parse_args()
+    device = device_of(args)
     if unknown := set(args.rows) - set(ROWS):
         parser.error(f"no such row: {', '.join(sorted(unknown))}; there are: {' '.join(ROWS)}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: torch sees no NVIDIA GPU here")
     if args.json:
         check_writable(args.json, "--json")
     rows = []
     for name in args.rows or ROWS:
-        for result in ROWS[name](torch.device(args.device), args.videos):
+        for result in ROWS[name](device, args.videos):
             rows.append(result)
             floor = "" if result["floor_ms"] is None else f", floor {result['floor_ms']:.3f} ms"
             print(f"{name}: {result['case']} [{result['device']}, {result['threads']} threads]: baseline "

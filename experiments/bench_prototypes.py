@@ -15,8 +15,8 @@ import torch
 from torch.nn import functional as F
 
 import prototypes as eq11
-from data import atomic, check_writable, command_line
-from experiments.measure import row
+from data import Help, atomic, check_writable, command_line
+from experiments.measure import add_device, device_of, row
 
 SGD_STEPS = 50_000
 SIZES = [(300, 64), (1000, 128), (1000, 512), (3000, 64)]  # of the row: fitted, the paper's, orthoplex, Kerdock
@@ -66,19 +66,21 @@ def prototypes(device, videos):
 
 
 def main():
-    p = argparse.ArgumentParser(prog="python -m experiments.bench_prototypes", description=__doc__.split("\n")[0])
-    p.add_argument("--num", type=int, nargs="+", default=[300, 1000, 3000, 10_000])
-    p.add_argument("--dim", type=int, nargs="+", default=[64, 128, 256, 512])
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p = argparse.ArgumentParser(prog="python -m experiments.bench_prototypes", description=__doc__.split("\n")[0],
+                                formatter_class=Help)
+    p.add_argument("--num", type=int, nargs="+", default=[300, 1000, 3000, 10_000], help="how many")
+    p.add_argument("--dim", type=int, nargs="+", default=[64, 128, 256, 512], help="of which dimensions")
+    add_device(p)
     p.add_argument("--json", metavar="FILE", help="write the rows as a JSON list, again after each")
     args = p.parse_args()
+    device = device_of(args)
     if args.json:
         check_writable(args.json, "--json")
-    print(f"| N | d | made by | mean | max | bound | core-seconds ({args.device}) |\n"
+    print(f"| N | d | made by | mean | max | bound | core-seconds ({device}) |\n"
           f"|---|---|---|---|---|---|---|")
     rows = []
     for num, dim in sorted(((n, d) for n in args.num for d in args.dim), key=lambda s: s[0] ** 2 * s[1]):
-        rows.append(measure(num, dim, torch.device(args.device)))
+        rows.append(measure(num, dim, device))
         print(line(rows[-1]), flush=True)
         if args.json:
             with atomic(args.json) as path:

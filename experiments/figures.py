@@ -16,6 +16,7 @@ is drawn, or that of --split.
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
@@ -303,31 +304,32 @@ def main(argv=None):
     p = argparse.ArgumentParser(prog="python -m experiments.figures",
                                 description="Draw figures from the files that the stages wrote.")
     commands = p.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("prototypes", help="Fig. 3")
-    c.add_argument("--prototypes", required=True)
+    of = functools.partial(commands.add_parser, formatter_class=data.Help)
+    c = of("prototypes", help="Fig. 3")
+    c.add_argument("--prototypes", required=True, help="file of prototypes.py")
     c.set_defaults(draw=prototypes)
-    c = commands.add_parser("training", help="curves of log.jsonl")
+    c = of("training", help="curves of log.jsonl")
     c.add_argument("--run", action="append", required=True, help="folder of a run; may be repeated")
     c.set_defaults(draw=training)
-    c = commands.add_parser("retrieval", help="Fig. 4")
+    c = of("retrieval", help="Fig. 4")
     c.add_argument("--json", required=True, help="result of evaluate.py retrieval")
     c.add_argument("--versus", help="another network's result on the same queries")
     c.add_argument("--view", default="rgb", choices=("rgb", "flow", "rgb+flow"))
     c.add_argument("--rows", type=int, default=10, help="queries, one a class")
-    c.add_argument("--neighbours", type=int, default=5)
+    c.add_argument("--neighbours", type=int, default=5, help="of each query")
     c.add_argument("--seed", type=int, default=0, help="of the choice of queries")
     c.set_defaults(draw=retrieval)
-    c = commands.add_parser("lambda", help="Table 2 as heat maps")
+    c = of("lambda", help="Table 2 as heat maps")
     c.add_argument("--results", required=True, help="folder that experiments.tables run filled")
     c.add_argument("--on", default="ucf101", help="data set of the evaluation")
     c.set_defaults(draw=lambdas)
-    c = commands.add_parser("features", help="t-SNE of features by class")
+    c = of("features", help="t-SNE of features by class")
     c.add_argument("--features", required=True, help="file that evaluate.py features wrote")
     c.add_argument("--versus", help="another such file")
     c.add_argument("--view", default="rgb", choices=("rgb", "flow", "rgb+flow"))
     c.add_argument("--classes", type=int, default=10, help="those with most videos")
     c.set_defaults(draw=features)
-    c = commands.add_parser("confusion", help="confusion matrix")
+    c = of("confusion", help="confusion matrix")
     c.add_argument("--json", required=True, help="result of evaluate.py retrieval, linear or finetune")
     c.add_argument("--versus", help="another such result")
     c.add_argument("--view", default="rgb", choices=("rgb", "flow", "rgb+flow"))

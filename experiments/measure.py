@@ -1,9 +1,22 @@
-"""How bench.py measures: calls in turns, the machine's own rates, and the form of a row."""
+"""How bench.py measures: on which device, calls in turns, the machine's own rates, and the form of a row."""
 
 import statistics
 import time
 
 import torch
+
+from data import BadInput
+
+
+def add_device(parser):
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_of(args):
+    """--device -> torch.device. Raises BadInput where there is no such device."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: torch sees no NVIDIA GPU here")
+    return torch.device(args.device)
 
 
 def in_turns(calls, device, seconds=4.0, least=5, clock=time.perf_counter):

@@ -35,7 +35,7 @@ from torch import nn
 
 import pretrain
 import processes
-from data import atomic, check_writable, command_line
+from data import Help, atomic, check_writable, command_line
 from experiments.bench_step import network, random_clips, settings
 
 GPUS_A_NODE, NVLINK, ADAPTER = 8, 450e9, 50e9  # bytes a second
@@ -155,7 +155,8 @@ def model(messages, worlds=(8, 64, 512)):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m experiments.scaling", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m experiments.scaling", description=__doc__.split("\n")[0],
+                                     formatter_class=Help)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="to measure here")
     parser.add_argument("--json", metavar="FILE", help="write messages and both tables")
     args = parser.parse_args()
