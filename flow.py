@@ -143,6 +143,7 @@ class Progress:
     def __init__(self, total, processes=1):
         self.total, self.processes = total, min(total, processes)
         self.videos = self.pairs = self.first = self.flow = self.rgb = 0
+        self.computed = 0  # pairs of which there is flow now; where RGB alone is made, frames only pass
         self.expected = {}  # pairs, by video
         self.terminal = sys.stdout.isatty()
         self.began, self.start, self.next = time.monotonic(), math.inf, math.inf
@@ -150,6 +151,7 @@ class Progress:
     def add(self, name, pairs, expected, flow, rgb):
         """So many more pairs of video `name`, which has about `expected`, and their bytes."""
         self.pairs += pairs
+        self.computed += pairs if flow else 0
         self.flow += flow
         self.rgb += rgb
         if name not in self.expected and len(self.expected) < self.processes:  # the clock leaves out their start
@@ -173,7 +175,8 @@ class Progress:
         self.next = now + (0.5 if self.terminal else 30)
         (pairs, *size), rate = self.estimate(self.total), self.rate()
         left = timedelta(seconds=round((pairs - self.pairs) / rate))
-        line = (f"{self.videos} of {self.total} videos, {self.pairs} of some {pairs:.0f} pairs, {rate:.1f} pairs/s, "
+        what = "pairs" if self.computed else "frames"
+        line = (f"{self.videos} of {self.total} videos, {self.pairs} of some {pairs:.0f} {what}, {rate:.1f} {what}/s, "
                 f"{left} left, {sum(size) / 1e6:.0f} MB in the end")
         print(f"\r\033[K{line}" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
 
@@ -274,8 +277,12 @@ def run(args):
     skipped, cut = dict(sorted(skipped.items())), dict(sorted((cut | cut_now).items()))
     if progress.terminal:
         print()
-    print(f"{len(jobs) - len(skipped)} videos written, {progress.pairs} pairs, {progress.rate():.1f} pairs/s in "
-          f"{args.workers} processes; {len(skipped)} skipped, {len(cut)} cut short")
+    written = [job for name, job in jobs.items() if name not in skipped]
+    each = f" (flow of {sum(bool(j.flow) for j in written)}, RGB of {sum(bool(j.rgb) for j in written)})"
+    rate = progress.rate() * progress.computed / max(1, progress.pairs)
+    speed = f", {progress.computed} pairs, {rate:.1f} pairs/s in {args.workers} processes"
+    print(f"{len(written)} videos written{each if args.rgb else ''}{speed if progress.computed else ''}; "
+          f"{len(skipped)} skipped, {len(cut)} cut short")
     for label, sentences in [("skipped", skipped), ("used, but", cut)]:
         for sentence in sentences.values():
             print(f"{label}: {sentence}".encode(errors="backslashreplace").decode())  # a file name need not be Unicode

@@ -52,7 +52,7 @@ def test_batches_write_what_processes_write(films, tmp_path, capsys, batch):
     """The pipeline of a GPU, on the CPU: smaller than a chunk, larger than all; the same bytes, the same sentences."""
     assert both(films, tmp_path, "--batch", str(batch)) == 0
     assert f"on cpu, {batch} pairs at once" in (said := capsys.readouterr().out)
-    assert "5 videos written, 52 pairs" in said and "2 skipped" in said
+    assert "5 videos written (flow of 5, RGB of 5), 52 pairs" in said and "2 skipped" in said
     assert same(films, tmp_path) and (tmp_path / "flow" / "skipped.json").exists()
 
 
@@ -192,13 +192,17 @@ def test_one_decode_for_both_and_shrunk(tmp_path, monkeypatch):
 def test_only_what_is_missing_is_made(films, tmp_path, capsys, more):
     assert command(films / "videos", tmp_path / "flow", *TRIAL) == 0  # the flow first, the RGB later
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "flow").rglob("*.avi")}
+    capsys.readouterr()
     assert both(films, tmp_path, *more) == 0 and same(films, tmp_path)
+    assert "\n5 videos written (flow of 0, RGB of 5); 2 skipped" in (said := capsys.readouterr().out)
+    assert "pairs/s" not in said  # none was computed
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "flow").rglob("*.avi")} == before
     (tmp_path / "flow" / "b" / "wide.avi").unlink()
     (tmp_path / "rgb" / "a" / "v1.avi").write_bytes(b"damaged")
     capsys.readouterr()
     assert both(films, tmp_path, *more) == 0 and same(films, tmp_path)
-    assert "4 to do" in (said := capsys.readouterr().out) and "2 videos written, 9 pairs" in said  # 2 are no films
+    assert "4 to do" in (said := capsys.readouterr().out) and "2 skipped" in said  # those are no films
+    assert "2 videos written (flow of 1, RGB of 1), 6 pairs" in said
     assert sum(p.stat().st_mtime_ns != before.get(p) for p in (tmp_path / "flow").rglob("*.avi")) == 1
 
 
