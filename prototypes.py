@@ -249,20 +249,26 @@ def fit(num, dim, seed=0, device="cpu", steps=None, report=None):
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 class Progress:
-    """A bar on a terminal; elsewhere a line a temperature, with an estimate."""
+    """A bar on a terminal; elsewhere a line a temperature. Both with an estimate, once there is something to go by."""
+
+    WAIT = 3  # seconds; counted from the first step, which also pays for what torch prepares
 
     def __init__(self):
-        self.start, self.beta = time.monotonic(), 0.0
-        self.bar = tqdm(total=100, disable=None, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
+        self.start, self.first, self.beta = time.monotonic(), None, 0.0
+        self.bar = tqdm(total=100, disable=None, bar_format="{desc} {percentage:3.0f}%|{bar}|")
 
     def __call__(self, share, beta, loss):
-        text = f"beta {beta:.0f}, soft loss {loss:.4f}"
+        now = time.monotonic()
+        self.first = self.first or (now, share)
+        text = f"beta {beta:.0f}, soft loss {loss:.4f}, {now - self.start:.0f} s"
+        spent, done = now - self.first[0], share - self.first[1]
+        if spent >= self.WAIT and done > 0:
+            text += f", about {spent / done * (1 - share):.0f} s to go"
         if not self.bar.disable:
             self.bar.set_description_str(text, refresh=False)
             self.bar.update(100 * share - self.bar.n)
         elif beta != self.beta:
-            spent = time.monotonic() - self.start
-            print(f"{text}, {spent:.0f} s, about {spent * (1 / share - 1):.0f} s to go", flush=True)
+            print(text, flush=True)
         self.beta = beta
 
 

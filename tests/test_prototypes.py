@@ -202,8 +202,19 @@ def test_command_writes_what_fit_returns(tmp_path, capsys):
         "threads": 0, "torch": torch.__version__}
     said = capsys.readouterr().out
     assert f"mean {mean:.4f}, maximum {greatest:.4f}; no maximum can be below {header['bound']:.4f}" in said
-    assert said.count(" s to go") == 14  # one line a temperature: sqrt(10)/2 doubled 13 times, to 12953
+    assert said.count("\nbeta ") == 13 and said.startswith("beta 2,")  # sqrt(10)/2 doubled 13 times, to 12953
     assert [p.name for p in out.parent.iterdir()] == ["p.npz"]
+
+
+def test_time_is_estimated_once_there_is_something_to_go_by(monkeypatch, capsys):
+    clock = iter([0.0, 40.0, 42.0, 50.0])
+    monkeypatch.setattr(prototypes.time, "monotonic", lambda: next(clock))
+    progress = prototypes.Progress()
+    for share, beta in ((0.001, 1), (0.1, 2), (0.501, 4)):  # the first step took 40 s, half of the others 10 s
+        progress(share, beta, 0.5)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["beta 1, soft loss 0.5000, 40 s", "beta 2, soft loss 0.5000, 42 s",
+                     "beta 4, soft loss 0.5000, 50 s, about 10 s to go"]
 
 
 def test_command_keeps_what_is_there(tmp_path, capsys):
