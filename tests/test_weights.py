@@ -349,7 +349,7 @@ def test_an_export_is_the_run(tiny, tmp_path, capsys):
 
 
 def test_the_readme_s_example_of_features(tiny, tmp_path, monkeypatch):
-    code = re.search(r"```python\n(import torch\nimport data.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    code = re.search(r"```python\n(import torch\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     run = run_of(tmp_path)
     weights.export(run, tmp_path / "goca.pt")
     (tmp_path / "flow").mkdir()
@@ -358,4 +358,11 @@ def test_the_readme_s_example_of_features(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(compile(code, "README.md", "exec"), names)  # our own README
-    assert len(names["features"]) == 30 and {f.shape for f in names["features"].values()} == {(256,)}
+    evaluated(tiny, tmp_path, "features", "--weights", "goca.pt")
+    seen = set()
+    for file in (tmp_path / "features").glob("*.npz"):  # of the training and of the test list
+        _, kept = data.load_arrays(file, "features", "")
+        for name, rgb, flow in zip(kept["names"], kept["rgb"], kept["flow"], strict=True):
+            np.testing.assert_allclose(names["features"][name], np.concatenate([rgb, flow]), rtol=1e-3, atol=1e-6)
+            seen.add(name)
+    assert seen == names["features"].keys() and len(seen) == 30
