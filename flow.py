@@ -112,12 +112,13 @@ def missing(found, stores, roots):
 # ---------------------------------------------------------------------------------------------------------------------
 # Many videos
 # ---------------------------------------------------------------------------------------------------------------------
-def extract_all(jobs, settings, workers, progress, time_limit=600, device=None, batch=BATCH):
+def extract_all(jobs, settings, workers, progress, time_limit=600, device=None, batch=BATCH, videos=None):
     """Work through `jobs`, {name: Job} -> ({name: why skipped}, {name: cut short}).
 
     settings: flow_extract.Settings. time_limit: seconds for one pair (with a device: for decoding 32), before the video
-    is skipped. device: None, and each process computes flow itself on the CPU; else batches of pairs go there.
-    Raises BadInput as soon as a store can't be written.
+    is skipped. device: None, and each process computes flow itself on the CPU; else batches of pairs go there. videos:
+    the folder where all of them are.
+    Raises BadInput as soon as a store can't be written or `videos` is gone, and as `in_processes` and `in_batches`.
     """
     skipped, cut = {}, {}
     if device is None:
@@ -129,7 +130,10 @@ def extract_all(jobs, settings, workers, progress, time_limit=600, device=None, 
             progress.add(name, *value)
         else:
             progress.videos += 1
-            if kind == "failed":
+            if kind == "away" and videos and not data.within(10, videos, os.path.isdir, videos):
+                raise data.BadInput(f"--videos {videos} is no longer a folder; see whether its disk is there, the same "
+                                    f"command continues")
+            if kind in ("failed", "away"):
                 skipped[name] = value
             elif value:
                 cut[name] = value
@@ -178,7 +182,7 @@ class Progress:
         print(f"\r\033[K{line}" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
 
 
-def plan(jobs, settings, workers, time_limit, device, batch):
+def plan(jobs, settings, workers, time_limit, device, batch, videos):
     """Time the first pairs of some videos, as the run would do them, and print what all of `jobs` will take."""
     names = list(jobs)
     count = min(len(names), max(24, 2 * workers))
@@ -189,7 +193,7 @@ def plan(jobs, settings, workers, time_limit, device, batch):
                 for k, name in enumerate(sample)}
         progress = Progress(count, workers)
         skipped, _ = extract_all(some, settings._replace(limit=65 if device else 5), workers, progress, time_limit,
-                                 device, batch)
+                                 device, batch, videos)
     if len(skipped) == count:
         raise data.BadInput(f"none of {count} videos gave flow, the first because {skipped[sample[0]]}")
     usable = len(names) * (1 - len(skipped) / count)
@@ -263,7 +267,7 @@ def run(args):
           f"{settings.flow['method']} of {settings.flow['backend']} on {device}"
           f"{f', {batch} pairs at once' if batch else ''}, short side {args.short_side or 'as it is'}"
           f"{f'; no GPU is used: {why}' if why else ''}", flush=True)
-    how = args.time_limit, device if batch else None, batch
+    how = args.time_limit, device if batch else None, batch, args.videos
     if args.plan:
         if jobs:
             plan(jobs, settings, args.workers, *how)

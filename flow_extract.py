@@ -263,9 +263,9 @@ def in_batches(jobs, settings, workers, time_limit, device, batch):
     films, waiting, writing = {}, {}, deque()  # {name: Film}, {size: [(Film, chunk)]}, (Film, future of its file)
     pool = Batches(settings.flow, device, batch, workers)
 
-    def drop(film, sentence):
+    def drop(film, sentence, kind="failed"):
         film.dropped, film.encoded = True, []
-        return film.name, "failed", sentence
+        return film.name, kind, sentence
 
     def proceed(most, wait=False):
         """Take in what is ready, and wait until no more than `most` batches are under way and, if `wait`, all files
@@ -296,8 +296,8 @@ def in_batches(jobs, settings, workers, time_limit, device, batch):
             film = films.setdefault(name, Film(name))
             if film.dropped:
                 pass
-            elif kind == "failed":
-                yield drop(film, value)
+            elif kind in ("failed", "away"):
+                yield drop(film, value, kind)
             elif kind == "done":
                 film.about = value
                 write_if_whole(film)

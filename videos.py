@@ -300,15 +300,13 @@ class Index:
 
 
 def count_frames(job, settings, tell):
-    """(path,) -> (frames that decode, frames declared, sentence or ""); work of `in_processes`."""
+    """(path,) -> (frames that decode, frames declared, sentence or ""); work of `in_processes`. Raises BadInput as
+    `decode`."""
     path, frames, why = job[0], 0, ""
-    try:
-        for _ in decode(path):
-            frames += 1
-            if frames % 100 == 1:
-                tell(frames)
-    except BadInput as e:
-        return 0, 0, str(e)
+    for _ in decode(path):
+        frames += 1
+        if frames % 100 == 1:
+            tell(frames)
     declared = max(0, int(cv2.VideoCapture(str(path), cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FRAME_COUNT)))
     if frames < 0.95 * declared:
         why = f"{path} is cut short: {frames} of {declared} frames decode"
@@ -322,7 +320,8 @@ def scan(root, path, workers=None, time_limit=60, progress=False):
 
     A file that crashes or stalls its reader for `time_limit` seconds is one without frames. Interrupted, a later scan
     goes on; the index on disk is always whole.
-    Returns (Index, {"new", "changed", "removed", "kept": numbers of videos}). Raises BadInput as `find_videos`.
+    Returns (Index, {"new", "changed", "removed", "kept": numbers of videos}). Raises BadInput as `find_videos` and
+    `in_processes`.
     """
     found = find_videos(root)
     old = Index.load(path).entries if os.path.exists(path) else {}
@@ -335,8 +334,11 @@ def scan(root, path, workers=None, time_limit=60, progress=False):
             entries[name] = before
             known["kept"] += 1
         else:
-            jobs[name] = file, mark
             known["changed" if before else "new"] += 1
+            if stat:
+                jobs[name] = file, mark
+            else:
+                entries[name] = (*mark, 0, 0, f"{file} doesn't exist")
     known["removed"] = len(old.keys() - found.keys())
 
     def save():
@@ -350,7 +352,8 @@ def scan(root, path, workers=None, time_limit=60, progress=False):
             for name, kind, value in in_processes(count_frames, jobs, None, workers or cores(), time_limit):
                 if kind == "told":
                     continue
-                entries[name] = (*jobs[name][1], *(value if kind == "done" else (0, 0, value)))
+                mark = (0, 0) if kind == "away" else jobs[name][1]  # what is away now may be back for the next scan
+                entries[name] = (*mark, *(value if kind == "done" else (0, 0, value)))
                 bar.update()
                 if time.monotonic() - saved > 60:
                     save()
