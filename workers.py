@@ -30,6 +30,11 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def one_line(e):
+    """What an exception says, in one line."""
+    return f"{type(e).__name__} {' '.join(str(e).split())}"
+
+
 def _away(path):
     """Whether a file, or its disk, is gone: nothing that its content could bring about."""
     try:
@@ -65,8 +70,7 @@ def _serve(pipe, function, settings):
                 fatal = isinstance(e.__cause__, OSError)
                 pipe.send(("fatal" if fatal else "away" if _away(job[0]) else "failed", str(e)))
             except Exception as e:  # whatever a library raises on one file must not end the run
-                pipe.send(("away" if _away(job[0]) else "failed",
-                           f"{job[0]} failed: {type(e).__name__} {' '.join(str(e).split())}"))
+                pipe.send(("away" if _away(job[0]) else "failed", f"{job[0]} failed: {one_line(e)}"))
 
 
 class _Worker:
