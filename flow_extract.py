@@ -206,8 +206,8 @@ class Memory:
             self.most, self.well, self.grown = pixels * (count // 2), 0, False
             if self.most < self.said:
                 self.said = self.most
-                print(f"\nout of memory on {self.name}: {count // 2} pairs of {size[1]}x{size[0]} px at once from here "
-                      f"on, more where that goes well", flush=True)
+                data.say(f"\nout of memory on {self.name}: {count // 2} pairs of {size[1]}x{size[0]} px at once from "
+                         f"here on, more where that goes well")
 
 
 class TooLarge(Exception):
@@ -317,7 +317,7 @@ class Batches:
                 raise TooLarge
             for pause in PAUSES:
                 if part is None:
-                    print(f"\n{self.name} is full; trying again in {pause} s", flush=True)
+                    data.say(f"\n{self.name} is full; trying again in {pause} s")
                     if self.closing.wait(pause):
                         break
                     part = self.attempt(frames, first)

@@ -1,21 +1,26 @@
 """Stage 1 among machines that misbehave: processes that stop, disks and cards that go away, names that mislead."""
 
+import errno
 import inspect
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from test_flow import ROOT, command, make_set
+from test_flow import ROOT, command, film, make_set, moving, tree
 
 import data
+import flow
 import videos
 import workers
 
@@ -158,3 +163,168 @@ def test_a_scan_condemns_nothing_that_is_away(tmp_path, monkeypatch):
     monkeypatch.undo()
     index, known = data.scan(tmp_path / "v", tmp_path / "i.npz", workers=1)
     assert index.entries["a/v1"][2] == 4 and known == {"new": 0, "changed": 1, "removed": 0, "kept": 2}
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS], ids=errno.errorcode.get)
+def test_a_store_is_begun_without_hard_links(tmp_path, monkeypatch, code):
+    """As with them: of shards that start together one writes the header, and the others are held to it."""
+    def link(*_):
+        raise OSError(code, os.strerror(code))
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(os, "chmod", refuse)  # some of these have no rights either
+    for attempt in range(5):
+        results, start = [], threading.Barrier(6)
+
+        def shard(k, root=tmp_path / str(attempt), results=results, start=start):
+            start.wait()
+            with suppress(data.BadInput):
+                results.append(flow.open_store(data.FlowStore, root, {"short_side": k % 2}).header["short_side"])
+
+        threads = [threading.Thread(target=shard, args=(k,)) for k in range(6)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert len(results) == 3 and len(set(results)) == 1
+        assert [p.name for p in (tmp_path / str(attempt)).iterdir()] == ["header.json"]
+
+
+def test_what_is_damaged_within_is_made_again_and_found(three, tmp_path, capsys):
+    """A run looks at where each frame begins; `info --check` at every byte."""
+    store = tmp_path / "s"
+    assert command(three, store, *TRIAL) == 0
+    reader = data.FlowStore(store).open("a/v1")
+    whole, middle = reader.path.read_bytes(), int(reader._at[1])
+
+    def damage(*spans):
+        content = bytearray(whole)
+        for a, b in spans:
+            content[a:b] = bytes(b - a)
+        reader.path.write_bytes(content)
+        capsys.readouterr()
+
+    for span in ((middle - 8, middle - 4), (middle - 4, middle), (middle, middle + 2)):  # name, size, JPEG
+        damage(span)
+        with pytest.raises(data.BadInput, match=r"v1\.avi is damaged at frame 1; remove it and run again"):
+            data.FlowStore(store).open("a/v1").check()
+        assert command(three, store, *TRIAL) == 0 and reader.path.read_bytes() == whole
+        assert "1 to do" in capsys.readouterr().out
+
+    end = middle + int(reader._size[1])
+    damage((end - 40, end - 20))  # it still decodes
+    assert command(three, store, *TRIAL) == 0 and "0 to do" in capsys.readouterr().out
+    assert flow.main(["info", str(store)]) == 0 and " 0 damaged" in capsys.readouterr().out
+    assert flow.main(["info", str(store), "--check"]) == 0
+    assert "3 videos, 6 flow fields" in (said := capsys.readouterr().out) and " 1 damaged" in said
+    assert "v1.avi is damaged (its checksum is another); remove it" in said
+
+
+@pytest.mark.parametrize("more", [[], ["--rgb"]], ids=["flow", "and rgb"])
+def test_no_film_is_overwritten(tmp_path, more):
+    """No store may hold, or lie in, another folder: by name or by a link."""
+    make_set(tmp_path / "films" / "v", 2)
+    before = tree(tmp_path)
+    places = ["films", "films/v", "films/v/a", "films/v/s"]
+    if more:
+        cases = [("s", place) for place in [*places, "s", "s/r", "."]]
+    else:
+        cases = [(place,) for place in places]
+    for out, *rgb in cases:
+        with pytest.raises(data.BadInput, match=r"--\w+ .* is (inside )?--\w+"):
+            command(tmp_path / "films" / "v", tmp_path / out, *more, *(str(tmp_path / place) for place in rgb))
+    flow.open_store(data.FlowStore, tmp_path / "store", flow.make_settings(short_side=0))
+    make_set(tmp_path / "store" / "mine", 1)
+    (tmp_path / "films" / "v" / "mine").symlink_to(tmp_path / "store" / "mine")
+    with pytest.raises(data.BadInput, match=r"mine/a leads into --out .*store"):
+        command(tmp_path / "films" / "v", tmp_path / "store")
+    assert tree(tmp_path / "films").items() <= {k.removeprefix("films/"): v for k, v in before.items()}.items()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names and files that mislead
+# ---------------------------------------------------------------------------------------------------------------------
+def test_a_name_that_is_no_unicode_is_a_sentence(three, tmp_path):
+    """OpenCV would end the process."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.avi")
+    Path(path).write_bytes((three / "a" / "v0.avi").read_bytes())
+    for read in (lambda: next(data.decode(path)), lambda: next(data.frames_at(Path(path), [0]))):
+        with pytest.raises(data.BadInput, match=r"its name is no UTF-8; rename it"):
+            read()
+    shutil.copy(three / "a" / "v0.avi", tmp_path / "v0.avi")
+    assert command(tmp_path, tmp_path.parent / f"{tmp_path.name}-s", *TRIAL, "--strict") == 1
+
+
+@pytest.mark.parametrize("head", ["ffconcat version 1.0\nfile {0}\n", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n{0}\n",
+                                  '<?xml version="1.0"?>\n<MPD profiles="urn:mpeg:dash:profile:isoff-live:2011"/>',
+                                  "v=0\no=- 0 0 IN IP4 127.0.0.1\nc=IN IP4 127.0.0.1\n"])
+def test_lists_of_other_files_are_not_followed(three, tmp_path, head):
+    shutil.copy(three / "a" / "v0.avi", tmp_path / "other.avi")
+    (tmp_path / "list.mp4").write_text(head.format("other.avi"))
+    with pytest.raises(data.BadInput, match=r"list\.mp4 is a list of other files, no video"):
+        next(data.decode(tmp_path / "list.mp4"))
+
+
+def test_a_film_named_as_a_folder_of_films(tmp_path, capsys):
+    """Its flow would be named as their folder; the folder alone is no fault."""
+    make_set(tmp_path / "v" / "sub.avi", 1)
+    assert command(tmp_path / "v", tmp_path / "s", *TRIAL) == 0
+    capsys.readouterr()
+    assert flow.main(["info", str(tmp_path / "s")]) == 0
+    assert "1 videos, 3 flow fields" in (said := capsys.readouterr().out) and " 0 damaged" in said
+    film(tmp_path / "v" / "sub.mp4", moving(3, 32, 32, 1, 0), "mp4v")
+    with pytest.raises(data.BadInput, match=r"sub\.mp4 and the folder .*sub\.avi would have one name in a store"):
+        command(tmp_path / "v", tmp_path / "s", *TRIAL)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said
+# ---------------------------------------------------------------------------------------------------------------------
+def test_nobody_reads_the_output(tmp_path):
+    """`| head -1`: all is done and listed the same; what only prints ends."""
+    make_set(tmp_path / "v", 1)
+    (tmp_path / "v" / "text.mp4").write_text("no film")
+    (tmp_path / "v" / "link.mp4").symlink_to("nowhere")
+    run = subprocess.Popen([sys.executable, str(ROOT / "flow.py"), "--videos", str(tmp_path / "v"), "--out",
+                            str(tmp_path / "s"), "--short-side", "0", "--workers", "1", *TRIAL], text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert run.stdout.readline() == f"3 videos below {tmp_path / 'v'}, 3 of them in shard 1/1; looking at the store\n"
+    run.stdout.close()
+    assert run.stderr.read() == "" and run.wait() == 0
+    listed = json.loads((tmp_path / "s" / "skipped.json").read_text())["skipped"]
+    assert listed.keys() == {"text", "link"} and listed["link"].endswith("link.mp4 doesn't exist")
+    assert "a/v0" in data.FlowStore(tmp_path / "s")
+    for arguments, status in (("flow.py info ../s --videos ../v", 0), ("videos.py --videos ../v --index ../i", 141)):
+        done = subprocess.run(f"{sys.executable} {ROOT}/{arguments} | true; exit ${{PIPESTATUS[0]}}", shell=True,
+                              executable="/bin/bash", cwd=tmp_path / "v", stderr=subprocess.PIPE, text=True)
+        assert done.returncode == status and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+def test_lists_of_another_division_lose_what_is_in_this_one(tmp_path):
+    make_set(tmp_path / "v", 1)
+    bad = [tmp_path / "v" / f"bad{k}.mp4" for k in range(6)]
+    for path in bad:
+        path.write_text("no film")
+    store = tmp_path / "s"
+
+    def listed():
+        return {path.name: set(json.loads(path.read_text())["skipped"]) for path in store.glob("skipped*.json")}
+
+    for i in (1, 2, 3):
+        command(tmp_path / "v", store, *TRIAL, "--shard", f"{i}/3")
+    assert len(listed()) == 3 and set.union(*listed().values()) == {f"bad{k}" for k in range(6)}
+    (store / "skipped-mine.json").write_text("[]")
+    command(tmp_path / "v", store, *TRIAL, "--shard", "1/2")
+    (store / "skipped-mine.json").unlink()
+    lists = listed()
+    assert sum(map(len, lists.values())) == 6 and lists["skipped-1-of-2.json"]  # each once
+    bad[5].unlink()
+    command(tmp_path / "v", store, *TRIAL, "--shard", "2/2")
+    assert listed().keys() == {"skipped-1-of-2.json", "skipped-2-of-2.json"}
+    for path in bad[:5]:
+        path.unlink()
+    command(tmp_path / "v", store, *TRIAL)
+    assert not listed()
