@@ -213,3 +213,27 @@ def test_films_of_many_sizes_wait_for_others_of_theirs_in_bounds(card, monkeypat
     settings = flow.Settings({"quality": 90})
     done = list(flow_extract.in_batches(jobs, settings, 1, 60, torch.device("cpu"), 4))
     assert sum(kind == "done" for _, kind, _ in done) == 40 and 16 <= max(waiting) < 16 + 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who does what
+# ---------------------------------------------------------------------------------------------------------------------
+def test_processes_of_torchrun_share_the_cards_and_the_cores(tmp_path, monkeypatch):
+    make_set(tmp_path / "v", 1)
+    asked, done = [], []
+    monkeypatch.setattr(flow, "choose_device", lambda *args: asked.append(args[2]) or (torch.device("cpu"), None))
+    monkeypatch.setattr(flow, "extract_all", lambda jobs, settings, workers, *_: done.append(workers) or ({}, {}))
+    monkeypatch.setattr(flow, "cores", lambda: 13)
+    for local, world in ((3, 4), (0, 16)):
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))
+        assert flow.main(["--videos", str(tmp_path / "v"), "--out", str(tmp_path / "s")]) == 0
+    assert asked == [3, 0] and done == [3, 1]
+
+
+@pytest.mark.parametrize(("more", "pairs"), [([], 4), (["--batch", "8"], 64)], ids=["processes", "batches"])
+def test_a_plan_takes_the_beginning_of_a_video(tmp_path, capsys, more, pairs):
+    film(tmp_path / "v" / "long.avi", moving(80, 24, 24, 1, 0))
+    assert command(tmp_path / "v", tmp_path / "s", *TRIAL, "--plan", *more) == 0
+    assert f"1 videos tried: {pairs} pairs, " in (said := capsys.readouterr().out)
+    assert "1 videos to do: some 79 pairs" in said
