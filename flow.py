@@ -110,9 +110,10 @@ def missing(found, stores, roots):
         there = [store and finished(store, name, path) for store in stores]
         return there, not all(there) and os.path.islink(path) and not os.path.exists(path)
 
-    jobs, cut, absent = {}, {}, {}
-    with ThreadPoolExecutor(16) as pool:  # they wait for the disk
-        for (name, path), (there, dangling) in zip(found.items(), pool.map(look, found.items()), strict=True):
+    jobs, cut, absent, items = {}, {}, {}, list(found.items())
+    with ThreadPoolExecutor(16) as pool:  # they wait for the disk; of all at once the futures alone take much memory
+        looked = (result for k in range(0, len(items), 4096) for result in pool.map(look, items[k:k + 4096]))
+        for (name, path), (there, dangling) in zip(items, looked, strict=True):
             files = [os.path.join(root, f"{name}.avi") if root and not about else None
                      for root, about in zip(roots, there, strict=True)]
             if any(files) and dangling:

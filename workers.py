@@ -22,6 +22,7 @@ import cv2
 from stores import BadInput
 
 IN_A_ROW = 20  # files: so many, one after the other, are no fault of theirs
+START = 600  # seconds for a process to start: the first waits until torch is imported
 GRACE = 10  # seconds for a process to end, once asked and once killed
 
 
@@ -83,7 +84,7 @@ class _Worker:
         self.process.start()
         theirs.close()  # so that the pipe ends with the process
         try:
-            if not self.pipe.poll(60):
+            if not self.pipe.poll(START):
                 raise EOFError
             self.pipe.recv()
         except (EOFError, ConnectionError):
@@ -165,19 +166,19 @@ def in_processes(function, jobs, settings, workers, time_limit):
             signal.signal(signal.SIGINT, handler)
     events, left, idle, busy, row = queue.SimpleQueue(), deque(jobs), [], set(), 0
 
-    def failed(name, kind, why, blameless):
+    def judge(blameless, why):
         nonlocal row
         row = row + 1 if blameless else 0
         if row == IN_A_ROW:
             raise BadInput(f"{row} videos in a row gave nothing, the last one: {why}. See whether their disk is there "
                            f"and whether memory suffices (fewer --workers take less); the same command continues")
-        return name, kind, why
 
-    def lose(worker, why, blameless, grace=0):
+    def lose(worker, why, blameless):
         busy.discard(worker)
         worker.hang_up()
-        worker.end(grace)
-        return failed(worker.name, "failed", f"{jobs[worker.name][0]} {why}", blameless)
+        worker.end(0)
+        judge(blameless, why := f"{jobs[worker.name][0]} {why}")
+        return worker.name, "failed", why
 
     try:
         while left or busy:
@@ -185,33 +186,32 @@ def in_processes(function, jobs, settings, workers, time_limit):
                 worker = idle.pop() if idle else _Worker(context, function, settings, events)
                 busy.add(worker)
                 worker.begin(left[0], jobs[left.popleft()])
-            with suppress(queue.Empty):
+            try:
                 worker, kind, value = events.get(timeout=1)
-                if worker.lost:
-                    pass
-                elif worker in idle:  # it ended between two jobs
-                    idle.remove(worker)
-                    worker.hang_up()
-                    worker.end(0)
-                elif kind == "ended":
-                    worker.process.join(GRACE)
-                    code = worker.process.exitcode
-                    yield lose(worker, f"ended the process that read it (exit code {code}); convert it, or see whether "
-                                       f"memory ran out", code == -signal.SIGKILL)
-                elif kind == "fatal":
-                    raise BadInput(value)
-                else:
-                    worker.take(kind)
-                    if kind != "told":
-                        busy.discard(worker)
-                        idle.append(worker)
-                    if kind in ("failed", "away"):
-                        failed(worker.name, kind, value, kind == "away")
-                    elif kind == "done":
-                        row = 0
-                    yield worker.name, kind, value
+            except queue.Empty:
+                worker = None
+            if worker is None or worker.lost:
+                pass
+            elif worker in idle:  # it ended between two jobs
+                idle.remove(worker)
+                worker.hang_up()
+                worker.end(0)
+            elif kind == "ended":
+                worker.process.join(GRACE)
+                code = worker.process.exitcode
+                yield lose(worker, f"ended the process that read it (exit code {code}); convert it, or see whether "
+                                   f"memory ran out", code == -signal.SIGKILL)
+            elif kind == "fatal":
+                raise BadInput(value)
+            else:
+                worker.take(kind)
+                if kind != "told":
+                    busy.discard(worker)
+                    idle.append(worker)
+                    judge(kind == "away", value)
+                yield worker.name, kind, value
             now = time.monotonic()
-            for worker in [w for w in busy if w.since is not None and now - w.since > time_limit]:
+            for worker in [w for w in busy if (since := w.since) is not None and now - since > time_limit]:
                 yield lose(worker, f"gave nothing for {time_limit:g} s and was stopped; convert it, or see whether its "
                                    f"disk is well", True)
     finally:

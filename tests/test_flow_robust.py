@@ -145,6 +145,15 @@ def test_a_folder_that_goes_away_ends_the_run(tmp_path, monkeypatch, more):
     assert all(name in data.FlowStore(tmp_path / "s") for name in found)
 
 
+def test_links_that_lead_nowhere_are_no_sign_of_it(three, tmp_path):
+    """Of a data set of which not all was fetched: as many as there may be."""
+    shutil.copytree(three, tmp_path / "v")
+    for k in range(workers.IN_A_ROW + 2):
+        (tmp_path / "v" / f"{k}.avi").symlink_to("nowhere")
+    assert command(tmp_path / "v", tmp_path / "s", *TRIAL) == 0
+    assert len(json.loads((tmp_path / "s" / "skipped.json").read_text())["skipped"]) == workers.IN_A_ROW + 2
+
+
 def test_a_scan_condemns_nothing_that_is_away(tmp_path, monkeypatch):
     """It is looked at again by the next, though it has not changed."""
     make_set(tmp_path / "v", 2)
