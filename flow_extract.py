@@ -22,7 +22,7 @@ import torch
 
 import data
 from flow_solvers import fields, solver
-from workers import in_processes, one_line
+from workers import IN_A_ROW, in_processes, one_line
 
 CHUNK = 32  # pairs that a decoder hands over at once
 BATCH = 256  # pairs that a card computes at once: 2.2 GB at 340x256, twice; fewer where memory runs out
@@ -49,7 +49,8 @@ def frames_of(path, about, limit=None):
     """Yield the frames of a video, uint8 [H, W, 3] BGR.
 
     about: a dict that is filled with the size of the frames, how many the file declares, and how many came so far.
-    Raises BadInput, naming the file, if it can't be read, changes its size or has one frame only.
+    Raises BadInput, naming the file, if it can't be read, to its end if it seems cut short, changes its size or has one
+    frame only.
     """
     about |= {"source": os.path.basename(path), "source_frames": 0}
     for frame in itertools.islice(data.decode(path), limit):
@@ -66,6 +67,14 @@ def frames_of(path, about, limit=None):
     if about["source_frames"] == 1:
         raise data.BadInput(f"{path} has one frame only; flow needs two")
     about["source_bytes"] = os.path.getsize(path)
+    if limit is None and cut_short(path, about):  # is it the file, or its disk? then there is more of it another day
+        try:
+            with open(path, "rb") as f:
+                while f.read(2**20):
+                    pass
+        except OSError as e:
+            raise data.BadInput(f"{path} can't be read to its end ({e.strerror}); see whether its disk is "
+                                f"well") from None
 
 
 def grey(frame, short_side):
@@ -221,6 +230,7 @@ class Batches:
         self.solve, self.device, self.quality = solver(settings), device, settings["quality"]
         self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self.memory, self.closing = Memory(batch, self.name), threading.Event()
+        self.too_large = 0  # batches in a row
         # two on a card, each with a stream: one copies while the other computes
         self.count = 2 if device.type == "cuda" else 1
         self.solvers, self.encoders = ThreadPoolExecutor(self.count), ThreadPoolExecutor(threads)
@@ -256,6 +266,11 @@ class Batches:
             raise
         except TooLarge:
             h, w = frames.shape[1:]
+            self.too_large += 1
+            if self.too_large == IN_A_ROW:
+                raise data.BadInput(f"{self.name} had no memory for any of {IN_A_ROW} batches in a row ({w}x{h} px); "
+                                    f"see whether another job has it, or take a smaller --short-side or --device cpu; "
+                                    f"the same command continues") from None
             return [f"has frames too large for the memory of {self.name} ({w}x{h} px); take a smaller --short-side or "
                     f"--device cpu"] * len(chunks)
         except Exception as e:
@@ -263,6 +278,7 @@ class Batches:
                 raise data.BadInput(f"{self.name} failed ({' '.join(str(e).split())}); the same command continues, "
                                     f"--device cpu does without it") from e
             return [f"failed: {one_line(e)}"] * len(chunks)
+        self.too_large = 0
         pieces = result.split([n - 1 for n in lengths])
         return [self.encoders.submit(self.encode, piece.numpy()) for piece in pieces]
 

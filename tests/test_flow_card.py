@@ -15,6 +15,7 @@ from test_flow import command, film, make_set, moving
 import data
 import flow
 import flow_extract
+import workers
 
 TRIAL = ["--warps", "1", "--epsilon", "0.1"]
 
@@ -98,6 +99,19 @@ def test_memory_that_another_job_keeps_ends_the_run(card, pool):
     for side in (16, 12):
         with pytest.raises(data.BadInput, match=r"cpu is full: another job has its memory; the same command continues"):
             pairs_of(pool, 3, side)
+
+
+def test_a_card_without_memory_for_anything_ends_the_run(card, pool):
+    """From the start on: then nothing tells films that are too large from a card that is full."""
+    card.room = 99
+    for _ in range(2):
+        for _ in range(workers.IN_A_ROW - 1):
+            assert "too large" in pairs_of(pool, 2, 16)
+        pairs_of(pool, 2, 4)
+    for _ in range(workers.IN_A_ROW - 1):
+        pairs_of(pool, 2, 16)
+    with pytest.raises(data.BadInput, match=r"cpu had no memory for any of 20 batches in a row.*whether another job"):
+        pairs_of(pool, 2, 16)
 
 
 def test_a_film_is_too_large_only_alone(card, pool):

@@ -17,10 +17,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from test_flow import ROOT, command, film, make_set, moving, tree
+from test_flow import ROOT, command, extract, film, make_set, moving, tree
 
 import data
 import flow
+import flow_extract
 import videos
 import workers
 
@@ -172,6 +173,22 @@ def test_a_scan_condemns_nothing_that_is_away(tmp_path, monkeypatch):
     monkeypatch.undo()
     index, known = data.scan(tmp_path / "v", tmp_path / "i.npz", workers=1)
     assert index.entries["a/v1"][2] == 4 and known == {"new": 0, "changed": 1, "removed": 0, "kept": 2}
+
+
+def test_a_disk_that_fails_within_a_file_makes_no_short_flow(three, tmp_path, monkeypatch):
+    """The decoder can't tell it from a file that is cut short."""
+    path, frames = three / "a" / "v0.avi", list(data.decode(three / "a" / "v0.avi"))
+    monkeypatch.setattr(data, "decode", lambda path: iter(frames[:2]))
+    about = extract(path, tmp_path / "cut.avi", short_side=0)
+    assert about["source_frames"] == 2 and flow.cut_short(path, about)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(flow_extract, "open", fail, raising=False)
+    with pytest.raises(data.BadInput, match=r"v0\.avi can't be read to its end \(Input/output error\)") as caught:
+        extract(path, tmp_path / "bad.avi", short_side=0)
+    assert caught.value.__cause__ is None and not (tmp_path / "bad.avi").exists()  # no fault of the output
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS], ids=errno.errorcode.get)
