@@ -46,6 +46,7 @@ from stores import (  # noqa: F401  (the stages' door to the file formats)
     save_arrays,
     save_checkpoint,
     save_run,
+    say,
     shrink,
     write_avi,
 )

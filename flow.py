@@ -27,6 +27,7 @@ pixels of the store's resolution. The methods: flow_solvers.py; from files to st
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -34,6 +35,7 @@ import re
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -67,6 +69,9 @@ def open_store(kind, root, settings, option="--out"):
     elif not (root / "header.json").exists():
         raise data.BadInput(f"{option} {root} is not empty and no {kind.KIND} store ({inside[0]} is in it, header.json "
                             f"is not); choose a new or empty folder")
+    until = time.monotonic() + 10  # on a file system without hard links another shard's is empty for a moment
+    while (root / "header.json").stat().st_size == 0 and time.monotonic() < until:
+        time.sleep(0.05)
     store = kind(root)
     keys = {**header, **store.header}
     if store.header.get("method") != header.get("method"):
@@ -84,40 +89,52 @@ def open_store(kind, root, settings, option="--out"):
 
 
 def finished(store, name, path):
-    """The header of a video's file if that is in the store, whole, and made from the video as it is now; else None."""
+    """The header of a video's file if that is in the store, whole (`AviReader.check`), and made from the video as it is
+    now; else None."""
     try:
-        about = store.open(name).header
-        return about if about.get("source_bytes") == os.path.getsize(path) else None
+        reader = store.open(name)
+        reader.check()
+        return reader.header if reader.header.get("source_bytes") == os.path.getsize(path) else None
     except (data.BadInput, OSError):
         return None
 
 
 def missing(found, stores, roots):
-    """What is yet to be made of `found`, {name: path} -> ({name: Job}, {name: sentence of cut_short} of the others).
+    """What is yet to be made of `found`, {name: path} -> ({name: Job}, {name: sentence of cut_short} of the others,
+    {name: sentence} of links that lead nowhere).
 
     stores: of flow and of RGB, None where there is none yet; roots: their folders, None where none is wanted.
     """
-    jobs, cut = {}, {}
-    for name, path in found.items():
+    def look(item):
+        name, path = item
         there = [store and finished(store, name, path) for store in stores]
-        files = [os.path.join(root, f"{name}.avi") if root and not about else None
-                 for root, about in zip(roots, there, strict=True)]
-        if any(files):
-            jobs[name] = Job(path, *files)
-        elif sentence := cut_short(path, there[0]):
-            cut[name] = sentence
-    return jobs, cut
+        return there, not all(there) and os.path.islink(path) and not os.path.exists(path)
+
+    jobs, cut, absent, items = {}, {}, {}, list(found.items())
+    with ThreadPoolExecutor(16) as pool:  # they wait for the disk; of all at once the futures alone take much memory
+        looked = (result for k in range(0, len(items), 4096) for result in pool.map(look, items[k:k + 4096]))
+        for (name, path), (there, dangling) in zip(items, looked, strict=True):
+            files = [os.path.join(root, f"{name}.avi") if root and not about else None
+                     for root, about in zip(roots, there, strict=True)]
+            if any(files) and dangling:
+                absent[name] = f"{path} doesn't exist"
+            elif any(files):
+                jobs[name] = Job(path, *files)
+            elif sentence := cut_short(path, there[0]):
+                cut[name] = sentence
+    return jobs, cut, absent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Many videos
 # ---------------------------------------------------------------------------------------------------------------------
-def extract_all(jobs, settings, workers, progress, time_limit=600, device=None, batch=BATCH):
+def extract_all(jobs, settings, workers, progress, time_limit=600, device=None, batch=BATCH, videos=None):
     """Work through `jobs`, {name: Job} -> ({name: why skipped}, {name: cut short}).
 
     settings: flow_extract.Settings. time_limit: seconds for one pair (with a device: for decoding 32), before the video
-    is skipped. device: None, and each process computes flow itself on the CPU; else batches of pairs go there.
-    Raises BadInput as soon as a store can't be written.
+    is skipped. device: None, and each process computes flow itself on the CPU; else batches of pairs go there. videos:
+    the folder where all of them are.
+    Raises BadInput as soon as a store can't be written or `videos` is gone, and as `in_processes` and `in_batches`.
     """
     skipped, cut = {}, {}
     if device is None:
@@ -129,7 +146,10 @@ def extract_all(jobs, settings, workers, progress, time_limit=600, device=None, 
             progress.add(name, *value)
         else:
             progress.videos += 1
-            if kind == "failed":
+            if kind == "away" and videos and not data.within(10, videos, os.path.isdir, videos):
+                raise data.BadInput(f"--videos {videos} is no longer a folder; see whether its disk is there, the same "
+                                    f"command continues")
+            if kind in ("failed", "away"):
                 skipped[name] = value
             elif value:
                 cut[name] = value
@@ -178,10 +198,10 @@ class Progress:
         what = "pairs" if self.computed else "frames"
         line = (f"{self.videos} of {self.total} videos, {self.pairs} of some {pairs:.0f} {what}, {rate:.1f} {what}/s, "
                 f"{left} left, {sum(size) / 1e6:.0f} MB in the end")
-        print(f"\r\033[K{line}" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
+        data.say(f"\r\033[K{line}" if self.terminal else line, end="" if self.terminal else "\n")
 
 
-def plan(jobs, settings, workers, time_limit, device, batch):
+def plan(jobs, settings, workers, time_limit, device, batch, videos):
     """Time the first pairs of some videos, as the run would do them, and print what all of `jobs` will take."""
     names = list(jobs)
     count = min(len(names), max(24, 2 * workers))
@@ -192,7 +212,7 @@ def plan(jobs, settings, workers, time_limit, device, batch):
                 for k, name in enumerate(sample)}
         progress = Progress(count, workers)
         skipped, _ = extract_all(some, settings._replace(limit=65 if device else 5), workers, progress, time_limit,
-                                 device, batch)
+                                 device, batch, videos)
     if len(skipped) == count:
         raise data.BadInput(f"none of {count} videos gave flow, the first because {skipped[sample[0]]}")
     usable = len(names) * (1 - len(skipped) / count)
@@ -200,11 +220,11 @@ def plan(jobs, settings, workers, time_limit, device, batch):
     counts = list(progress.expected.values())
     deviation = np.std(counts, ddof=1) / math.sqrt(len(counts)) / np.mean(counts) if len(counts) > 1 else 1.0
     duration = timedelta(seconds=round(pairs / progress.rate()))
-    print(f"{count} videos tried: {progress.pairs} pairs, {progress.rate():.1f} pairs/s in {workers} processes"
-          f"{f', {len(skipped)} videos can not be used' if skipped else ''}\n"
-          f"{len(names)} videos to do: some {pairs:.3g} pairs (+-{100 * deviation:.0f} %, from the lengths of "
-          f"{len(counts)}), {duration}, {flow / 1e9:.3g} GB of flow"
-          f"{f', {rgb / 1e9:.3g} GB of RGB' if settings.rgb else ''}; nothing was written")
+    data.say(f"{count} videos tried: {progress.pairs} pairs, {progress.rate():.1f} pairs/s in {workers} processes"
+             f"{f', {len(skipped)} videos can not be used' if skipped else ''}",
+             f"{len(names)} videos to do: some {pairs:.3g} pairs (+-{100 * deviation:.0f} %, from the lengths of "
+             f"{len(counts)}), {duration}, {flow / 1e9:.3g} GB of flow"
+             f"{f', {rgb / 1e9:.3g} GB of RGB' if settings.rgb else ''}; nothing was written")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,6 +238,45 @@ def part(shard):
         raise data.BadInput(f"--shard takes i/n with 1 <= i <= n, such as 2/8, not {shard}")
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     return (i - 1) * world + rank + 1, n * world
+
+
+def check_apart(found, videos, out, rgb):
+    """Raise BadInput if a store could hold one of the videos, `found` below the folder `videos`, or be among them."""
+    folders = {**({"--rgb": rgb} if rgb else {}), "--out": out, "--videos": videos}
+    places = {option: Path(folder).resolve() for option, folder in folders.items()}
+    for (a, folder), (b, other) in itertools.permutations(places.items(), 2):
+        if folder.is_relative_to(other):
+            where = f"is {b} too" if folder == other else f"is inside {b} {folders[b]}"
+            raise data.BadInput(f"{a} {folders[a]} {where}; files of one could replace, or be taken for, those of the "
+                                f"other: choose folders apart")
+    for folder in {os.path.dirname(path) for path in found.values()}:
+        for option in places.keys() - {"--videos"}:
+            if Path(folder).resolve().is_relative_to(places[option]):  # by a link
+                raise data.BadInput(f"{folder} leads into {option} {folders[option]}, where its videos could be "
+                                    f"replaced; choose another {option}")
+
+
+def write_listing(root, i, n, skipped, cut, share, found):
+    """Write what was skipped and cut short of shard i of n, the names `share`, to the folder `root` of the store, and
+    leave out of the lists of other divisions what is in this one, or not in `found` -> the list's path."""
+    def name(i, n):
+        return f"skipped-{i}-of-{n}.json" if n > 1 else "skipped.json"
+
+    listing, here = root / name(i, n), set(share)
+    lists = {listing: {"skipped": skipped, "cut short": cut}}
+    others = {p for p in root.glob("skipped*.json") if re.fullmatch(r"skipped(-\d+-of-\d+)?\.json", p.name)}
+    for other in others - {root / name(k, n) for k in range(1, n + 1)}:
+        lists[other] = {}
+        with suppress(OSError, ValueError, AttributeError):  # damaged
+            lists[other] = {kind: {k: why for k, why in sentences.items() if k in found and k not in here}
+                            for kind, sentences in json.loads(other.read_text()).items()}
+    for path, content in lists.items():
+        if any(content.values()):
+            with data.atomic(path) as tmp:
+                tmp.write_text(json.dumps(content, indent=1) + "\n")
+        else:
+            path.unlink(missing_ok=True)
+    return listing
 
 
 def settings_of(args):
@@ -249,24 +308,19 @@ def run(args):
     device, why = choose_device(args.device, settings.flow, int(os.environ.get("LOCAL_RANK", 0)))
     batch = args.batch or (BATCH if device.type == "cuda" else 0)
     found = data.find_videos(args.videos)
-    for option, out in (("--out", args.out), ("--rgb", args.rgb)):
-        if out and Path(out).resolve().is_relative_to(Path(args.videos).resolve()):
-            raise data.BadInput(f"{option} {out} is inside --videos {args.videos}, where its files would be taken for "
-                                f"videos; choose a folder outside")
-    if args.rgb and Path(args.rgb).resolve() == Path(args.out).resolve():
-        raise data.BadInput(f"--rgb {args.rgb} is --out too; they are two stores, choose two folders")
+    check_apart(found, args.videos, args.out, args.rgb)
+    share = list(found)[i - 1::n]
+    data.say(f"{len(found)} videos below {args.videos}, {len(share)} of them in shard {i}/{n}; looking at the store")
     stores = []
     for kind, root, header, option in ((data.FlowStore, args.out, settings.flow, "--out"),
                                        (data.RgbStore, args.rgb, settings.rgb, "--rgb")):
         there = root and (not args.plan or (Path(root) / "header.json").exists())  # a plan makes no store
         stores.append(open_store(kind, root, header, option) if there else None)
-    share = list(found)[i - 1::n]
-    jobs, cut = missing({name: found[name] for name in share}, stores, (args.out, args.rgb))
-    print(f"{len(found)} videos below {args.videos}, {len(share)} of them in shard {i}/{n}, {len(jobs)} to do; "
-          f"{settings.flow['method']} of {settings.flow['backend']} on {device}"
-          f"{f', {batch} pairs at once' if batch else ''}, short side {args.short_side or 'as it is'}"
-          f"{f'; no GPU is used: {why}' if why else ''}", flush=True)
-    how = args.time_limit, device if batch else None, batch
+    jobs, cut, absent = missing({name: found[name] for name in share}, stores, (args.out, args.rgb))
+    data.say(f"{len(jobs)} to do; {settings.flow['method']} of {settings.flow['backend']} on {device}"
+             f"{f', {batch} pairs at once' if batch else ''}, short side {args.short_side or 'as it is'}"
+             f"{f'; no GPU is used: {why}' if why else ''}")
+    how = args.time_limit, device if batch else None, batch, args.videos
     if args.plan:
         if jobs:
             plan(jobs, settings, args.workers, *how)
@@ -274,26 +328,17 @@ def run(args):
 
     progress = Progress(len(jobs), args.workers)
     skipped, cut_now = extract_all(jobs, settings, args.workers, progress, *how)
-    skipped, cut = dict(sorted(skipped.items())), dict(sorted((cut | cut_now).items()))
-    if progress.terminal:
-        print()
+    skipped, cut = dict(sorted((skipped | absent).items())), dict(sorted((cut | cut_now).items()))
+    listing = write_listing(stores[0].root, i, n, skipped, cut, share, found)
     written = [job for name, job in jobs.items() if name not in skipped]
     each = f" (flow of {sum(bool(j.flow) for j in written)}, RGB of {sum(bool(j.rgb) for j in written)})"
     rate = progress.rate() * progress.computed / max(1, progress.pairs)
     speed = f", {progress.computed} pairs, {rate:.1f} pairs/s in {args.workers} processes"
-    print(f"{len(written)} videos written{each if args.rgb else ''}{speed if progress.computed else ''}; "
-          f"{len(skipped)} skipped, {len(cut)} cut short")
-    for label, sentences in [("skipped", skipped), ("used, but", cut)]:
-        for sentence in sentences.values():
-            print(f"{label}: {sentence}".encode(errors="backslashreplace").decode())  # a file name need not be Unicode
-
-    root = stores[0].root
-    listing = root / ("skipped.json" if n == 1 else f"skipped-{i}-of-{n}.json")
-    for old in root.glob("skipped*.json" if n == 1 else listing.name):
-        old.unlink(missing_ok=True)
-    if skipped or cut:
-        with data.atomic(listing) as tmp:
-            tmp.write_text(json.dumps({"skipped": skipped, "cut short": cut}, indent=1) + "\n")
+    lines = [f"{len(written)} videos written{each if args.rgb else ''}{speed if progress.computed else ''}; "
+             f"{len(skipped)} skipped, {len(cut)} cut short",
+             *(f"skipped: {sentence}" for sentence in skipped.values()),
+             *(f"used, but: {sentence}" for sentence in cut.values())]
+    data.say(*[""] * progress.terminal, *lines)
     if len(skipped) == len(found):
         raise data.BadInput(f"none of the {len(found)} videos below {args.videos} gave flow; {listing} says why")
     return int(args.strict and bool(skipped or cut))
@@ -308,6 +353,7 @@ def main(argv=None):
         p.add_argument("--videos", help="folder of videos: list those without flow; draw the frame beside its flow")
         p.add_argument("--video", help="name of the video to draw (its path below --videos without suffix)")
         p.add_argument("--picture", help="picture to write, such as flow.png")
+        p.add_argument("--check", action="store_true", help="read every frame, not only where each begins")
         return info(p.parse_args(argv[1:]))
     own = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     p = argparse.ArgumentParser(prog="flow.py", description="Optical flow (TV-L1) of a folder of videos.",

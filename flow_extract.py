@@ -1,17 +1,19 @@
 """From files to stores: decoding, flow and encoding of many videos at once, each decoded once for flow and RGB.
 
 On the CPU a process does all of a video (`work`): as many at once as there are cores, nothing waits for anything.
-On a GPU (`in_batches`) processes decode, a thread or two hand the card batches of pairs of several videos, threads
-encode: all three at the same time. Both write the same bytes where the flow is the same.
+On a GPU (`in_batches`) processes decode, two threads hand the card batches of pairs of several videos, threads encode:
+all three at the same time. Both write the same bytes where the flow is the same.
 
 Files may crash or stall their decoder: that is why decoders are processes (workers.py).
 """
 
 import itertools
+import math
 import os
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import cv2
@@ -20,10 +22,12 @@ import torch
 
 import data
 from flow_solvers import fields, solver
-from workers import in_processes
+from workers import IN_A_ROW, in_processes, one_line
 
 CHUNK = 32  # pairs that a decoder hands over at once
-BATCH = 256  # pairs that a card computes at once: 2.2 GB at 340x256, twice; halved where memory runs out
+BATCH = 256  # pairs that a card computes at once: 2.2 GB at 340x256, twice; fewer where memory runs out
+PATIENCE = 8  # batches that go well before twice as many pairs are tried again; doubled each time that fails
+PAUSES = (2, 10, 30, 60, 120)  # seconds to wait for memory that another job took
 
 
 class Job(NamedTuple):
@@ -45,7 +49,8 @@ def frames_of(path, about, limit=None):
     """Yield the frames of a video, uint8 [H, W, 3] BGR.
 
     about: a dict that is filled with the size of the frames, how many the file declares, and how many came so far.
-    Raises BadInput, naming the file, if it can't be read, changes its size or has one frame only.
+    Raises BadInput, naming the file, if it can't be read, to its end if it seems cut short, changes its size or has one
+    frame only.
     """
     about |= {"source": os.path.basename(path), "source_frames": 0}
     for frame in itertools.islice(data.decode(path), limit):
@@ -62,6 +67,14 @@ def frames_of(path, about, limit=None):
     if about["source_frames"] == 1:
         raise data.BadInput(f"{path} has one frame only; flow needs two")
     about["source_bytes"] = os.path.getsize(path)
+    if limit is None and cut_short(path, about):  # is it the file, or its disk? then there is more of it another day
+        try:
+            with open(path, "rb") as f:
+                while f.read(2**20):
+                    pass
+        except OSError as e:
+            raise data.BadInput(f"{path} can't be read to its end ({e.strerror}); see whether its disk is "
+                                f"well") from None
 
 
 def grey(frame, short_side):
@@ -168,15 +181,61 @@ def planes(flow):
     return torch.clamp((flow * (127 / data.BOUND)).round() + 128, 1, 255).to(torch.uint8).flatten(1, 2)
 
 
+class Memory:
+    """How much a card takes at once, in pixels of one frame of each pair: learned from what fails, and tried again."""
+
+    def __init__(self, batch, name):
+        self.batch, self.name, self.lock = batch, name, threading.Lock()
+        self.most, self.said = math.inf, math.inf  # pixels at once; the least of these that was printed
+        self.largest = 0  # pixels of a pair
+        self.well, self.patience, self.grown = 0, PATIENCE, False  # batches since; how many before more; was it tried
+
+    def pairs(self, pixels):
+        """Pairs of so many pixels to compute at once."""
+        with self.lock:
+            return int(max(1, min(self.batch, self.most / pixels)))
+
+    def suffices(self, count, pixels):
+        """It did, for `count` pairs."""
+        with self.lock:
+            self.largest, self.most = max(self.largest, pixels), max(self.most, count * pixels)
+            if count < self.batch and 2 * count * pixels > self.most:
+                self.well += 1
+                if self.well >= self.patience:
+                    self.most, self.well, self.grown = 2 * self.most, 0, True
+
+    def fails(self, count, size):
+        """It did not, for `count` > 1 pairs of `size` (h, w)."""
+        pixels = math.prod(size)
+        with self.lock:
+            if count * pixels > self.most:  # more than another thread has learned meanwhile
+                return
+            if self.grown:
+                self.patience *= 2
+            self.most, self.well, self.grown = pixels * (count // 2), 0, False
+            if self.most < self.said:
+                self.said = self.most
+                data.say(f"\nout of memory on {self.name}: {count // 2} pairs of {size[1]}x{size[0]} px at once from "
+                         f"here on, more where that goes well")
+
+
+class TooLarge(Exception):
+    """A single pair does not fit in memory, though nothing else is there."""
+
+
 class Batches:
     """The solver and encoders of `in_batches`. `put` a batch, `get` its chunks, encoded, in the same order."""
 
     def __init__(self, settings, device, batch, threads):
-        self.solve, self.device, self.batch, self.quality = solver(settings), device, batch, settings["quality"]
-        # two on a card, each with a stream: one copies while the other computes
-        self.solvers = ThreadPoolExecutor(2 if device.type == "cuda" else 1)
-        self.encoders, self.under_way, self.streams = ThreadPoolExecutor(threads), deque(), threading.local()
+        self.solve, self.device, self.quality = solver(settings), device, settings["quality"]
         self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        self.memory, self.closing = Memory(batch, self.name), threading.Event()
+        self.too_large = 0  # batches in a row
+        # two on a card, each with a stream: one copies while the other computes
+        self.count = 2 if device.type == "cuda" else 1
+        self.solvers, self.encoders = ThreadPoolExecutor(self.count), ThreadPoolExecutor(threads)
+        self.next, self.free = threading.Lock(), threading.Semaphore(self.count)
+        self.under_way, self.streams = deque(), threading.local()
 
     def put(self, chunks):
         """chunks: [(film, frames uint8 [T, h, w])] of one size."""
@@ -189,7 +248,8 @@ class Batches:
                 for (film, _), piece in zip(chunks, future.result(), strict=True)]
 
     def compute(self, chunks):
-        """Chunks, uint8 [T, h, w] -> for each a future of an AviWriter with its T-1 planes, or a sentence."""
+        """Chunks, uint8 [T, h, w] -> for each a future of an AviWriter with its T-1 planes, or of a sentence, or a
+        sentence. Raises BadInput after a fault of the card, or where it stays full."""
         frames = torch.from_numpy(np.concatenate(chunks))
         lengths = [len(chunk) for chunk in chunks]
         firsts = [at for end, n in zip(itertools.accumulate(lengths), lengths, strict=True)
@@ -199,57 +259,119 @@ class Batches:
                 if not hasattr(self.streams, "own"):
                     self.streams.own = torch.cuda.Stream(self.device)
                 with torch.cuda.stream(self.streams.own):
-                    result = self.in_parts(frames.to(self.device), torch.tensor(firsts, device=self.device))
+                    result = self.in_parts(frames, torch.tensor(firsts))
             else:
                 result = self.in_parts(frames, torch.tensor(firsts))
-        except torch.OutOfMemoryError:
+        except data.BadInput:
+            raise
+        except TooLarge:
             h, w = frames.shape[1:]
+            self.too_large += 1
+            if self.too_large == IN_A_ROW:
+                raise data.BadInput(f"{self.name} had no memory for any of {IN_A_ROW} batches in a row ({w}x{h} px); "
+                                    f"see whether another job has it, or take a smaller --short-side or --device cpu; "
+                                    f"the same command continues") from None
             return [f"has frames too large for the memory of {self.name} ({w}x{h} px); take a smaller --short-side or "
                     f"--device cpu"] * len(chunks)
         except Exception as e:
             if self.device.type == "cuda":  # after a fault of the card nothing more can be computed there
                 raise data.BadInput(f"{self.name} failed ({' '.join(str(e).split())}); the same command continues, "
                                     f"--device cpu does without it") from e
-            return [f"failed: {type(e).__name__} {' '.join(str(e).split())}"] * len(chunks)
+            return [f"failed: {one_line(e)}"] * len(chunks)
+        self.too_large = 0
         pieces = result.split([n - 1 for n in lengths])
         return [self.encoders.submit(self.encode, piece.numpy()) for piece in pieces]
 
     def in_parts(self, frames, firsts):
-        """Planes uint8 [P, 2h, w], on the CPU, of the pairs that begin at `firsts`; out of memory, in halves."""
-        parts, at = [], 0
+        """Planes uint8 [P, 2h, w] of the pairs that begin at `firsts`, in parts that memory suffices for."""
+        parts, at, size = [], 0, frames.shape[1:]
         while at < len(firsts):
-            batch = self.batch
-            first = firsts[at:at + batch]
-            try:
-                parts.append(planes(self.solve(torch.stack([frames[first], frames[first + 1]], dim=1))).cpu())
+            first = firsts[at:at + self.memory.pairs(size.numel())]
+            with self.turns(1):
+                part = self.attempt(frames, first)
+            if part is None and len(first) == 1:
+                part = self.alone(frames, first)
+            if part is None:
+                self.memory.fails(len(first), size)
+            else:
+                self.memory.suffices(len(first), size.numel())
+                parts.append(part)
                 at += len(first)
-                continue
-            except torch.OutOfMemoryError:
-                if batch == 1:
-                    raise
-            # out here nothing holds what the failed attempt allocated
-            self.batch = min(self.batch, (batch + 1) // 2)
-            print(f"\nout of memory on {self.name}: {self.batch} pairs at once from here on", flush=True)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
         return torch.cat(parts)
 
+    @contextmanager
+    def turns(self, count):
+        """Be one of the threads that use the device or, with the `count` of all, the only one."""
+        with self.next:
+            for _ in range(count):
+                self.free.acquire()
+        try:
+            yield
+        finally:
+            for _ in range(count):
+                self.free.release()
+
+    def attempt(self, frames, first):
+        """Planes uint8 [P, 2h, w], on the CPU, of the pairs that begin at `first`; None out of memory."""
+        def compute():
+            some = frames[first[0]:first[-1] + 2].to(self.device)
+            at = (first - first[0]).to(self.device)
+            return planes(self.solve(torch.stack([some[at], some[at + 1]], dim=1))).cpu()
+
+        with suppress(torch.OutOfMemoryError):
+            return compute()
+        if self.device.type == "cuda":  # out here nothing holds what failed
+            torch.cuda.empty_cache()
+        return None
+
+    def alone(self, frames, first):
+        """A pair that memory did not suffice for, while nothing else is computed. Raises TooLarge; or BadInput, if as
+        large a one was computed before and waiting doesn't help: then it is another job that has the memory."""
+        with self.turns(self.count):
+            part = self.attempt(frames, first)
+            if part is None and frames.shape[1:].numel() > self.memory.largest:
+                raise TooLarge
+            for pause in PAUSES:
+                if part is None:
+                    data.say(f"\n{self.name} is full; trying again in {pause} s")
+                    if self.closing.wait(pause):
+                        break
+                    part = self.attempt(frames, first)
+        if part is None:
+            raise data.BadInput(f"{self.name} is full: another job has its memory; the same command continues, once "
+                                f"there is some")
+        return part
+
     def encode(self, piece):
+        """Planes [P, 2h, w] -> an AviWriter with them, or a sentence why not."""
         writer = data.AviWriter(self.quality)
-        for plane in piece:
-            writer.add(plane)
+        try:
+            for plane in piece:
+                writer.add(plane)
+        except Exception as e:
+            return f"failed: {one_line(e)}"
         return writer
 
     def write(self, job, film):
-        """The file of a video's flow, all of which is there."""
+        """Write the file of a video's flow, all of which is there -> None, or a sentence why not. Raises BadInput, as
+        processes do, if that is the fault of the disk: then no other can be written."""
         writer = data.AviWriter(self.quality)
         for piece in film.encoded:
             writer.size = piece.size
             writer.jpegs += piece.jpegs
-        if job.flow:
-            writer.write(job.flow, {**film.about, "device": self.name})
+        try:
+            if job.flow:
+                writer.write(job.flow, {**film.about, "device": self.name})
+        except data.BadInput as e:
+            if isinstance(e.__cause__, OSError):
+                raise
+            return str(e)
+        except Exception as e:
+            return f"{job.path} failed: {one_line(e)}"
+        return None
 
     def close(self):
+        self.closing.set()
         self.solvers.shutdown(cancel_futures=True)
         self.encoders.shutdown(cancel_futures=True)
 
@@ -259,13 +381,14 @@ def in_batches(jobs, settings, workers, time_limit, device, batch):
 
     workers: processes that decode, and threads that encode. batch: pairs at once, of frames of one size. At most a few
     batches are under way or wait for frames of their size; beyond that the decoders wait.
+    Raises BadInput as `in_processes`, and where the device fails or stays full.
     """
     films, waiting, writing = {}, {}, deque()  # {name: Film}, {size: [(Film, chunk)]}, (Film, future of its file)
     pool = Batches(settings.flow, device, batch, workers)
 
-    def drop(film, sentence):
+    def drop(film, sentence, kind="failed"):
         film.dropped, film.encoded = True, []
-        return film.name, "failed", sentence
+        return film.name, kind, sentence
 
     def proceed(most, wait=False):
         """Take in what is ready, and wait until no more than `most` batches are under way and, if `wait`, all files
@@ -283,9 +406,12 @@ def in_batches(jobs, settings, workers, time_limit, device, batch):
                 write_if_whole(film)
         while writing and (wait or writing[0][1].done()):
             film, future = writing.popleft()
-            future.result()
+            sentence = future.result()
             del films[film.name]
-            yield film.name, "done", cut_short(jobs[film.name].path, film.about) if settings.limit is None else None
+            if sentence:
+                yield film.name, "failed", sentence
+            else:
+                yield film.name, "done", cut_short(jobs[film.name].path, film.about) if settings.limit is None else None
 
     def write_if_whole(film):
         if film.about and len(film.encoded) == film.chunks:
@@ -296,8 +422,8 @@ def in_batches(jobs, settings, workers, time_limit, device, batch):
             film = films.setdefault(name, Film(name))
             if film.dropped:
                 pass
-            elif kind == "failed":
-                yield drop(film, value)
+            elif kind in ("failed", "away"):
+                yield drop(film, value, kind)
             elif kind == "done":
                 film.about = value
                 write_if_whole(film)

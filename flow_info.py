@@ -25,7 +25,7 @@ def picture(store, name, video):
     t = len(reader) // 2
     plane = reader.read([t])[0]
     if store.KIND == "rgb":
-        print(f"{name}: frame {t} of {len(reader)}, {plane.shape[1]}x{plane.shape[0]} px")
+        data.say(f"{name}: frame {t} of {len(reader)}, {plane.shape[1]}x{plane.shape[0]} px")
         return plane
     flow = np.stack(np.split(data.dequantise(plane), 2), axis=-1)  # [h, w, 2]
     h, w = flow.shape[:2]
@@ -36,7 +36,7 @@ def picture(store, name, video):
     if video:
         frames = [frame for k, frame in enumerate(data.decode(video)) if k == t]
         tiles = [cv2.resize(frame, (w, h), interpolation=cv2.INTER_AREA) for frame in frames] + tiles
-    print(f"{name}: flow {t} of {len(reader)}, {w}x{h} px; full colour is {top:.1f} px or more")
+    data.say(f"{name}: flow {t} of {len(reader)}, {w}x{h} px; full colour is {top:.1f} px or more")
     return np.hstack(tiles).repeat(max(1, 256 // h), axis=0).repeat(max(1, 256 // h), axis=1)
 
 
@@ -53,27 +53,30 @@ def info(args):
     if bool(args.video) != bool(args.picture) or (args.picture and not cv2.haveImageWriter(args.picture)):
         raise data.BadInput("--video NAME and --picture FILE go together, and FILE ends as a picture does (flow.png)")
     store = open_any(args.store)
-    names = sorted(str(p.relative_to(store.root))[:-4] for p in store.root.rglob("*.avi") if p.name[0] != ".")
+    names = sorted(str(p.relative_to(store.root))[:-4] for p in store.root.rglob("*.avi")
+                   if p.name[0] != "." and p.is_file())
     planes, size, magnitudes, damaged, devices = 0, 0, [], [], Counter()
     for k, name in enumerate(names):
         try:
             reader = store.open(name)
+            reader.check(args.check)
             planes, size = planes + len(reader), size + store.path(name).stat().st_size
             devices[reader.header.get("device", "cpu")] += 1
             if store.KIND == "flow" and k % -(-len(names) // 200) == 0:
                 magnitudes.append(np.hypot(*np.split(data.dequantise(reader.read([len(reader) // 2])[0]), 2)).mean())
         except data.BadInput as e:
             damaged.append(f"  {e}")
-    print(*(f"{key:16} {value}" for key, value in store.header.items()), sep="\n")
+    data.say(*(f"{key:16} {value}" for key, value in store.header.items()))
     what = "flow fields" if store.KIND == "flow" else "frames"
-    print(f"{len(names)} videos, {planes} {what}, {size / 1e6:.1f} MB, {len(damaged)} damaged", *damaged, sep="\n")
+    data.say(f"{len(names)} videos, {planes} {what}, {size / 1e6:.1f} MB, {len(damaged)} damaged", *damaged)
     if magnitudes:
-        print(f"mean magnitude {np.mean(magnitudes):.3f} px (middle fields of {len(magnitudes)} videos); computed on "
-              + ", ".join(f"{device} ({count})" for device, count in devices.items()))
+        by = ", ".join(f"{device} ({count})" for device, count in devices.items())
+        data.say(f"mean magnitude {np.mean(magnitudes):.3f} px (middle fields of {len(magnitudes)} videos); computed "
+                 f"on {by}")
     found = data.find_videos(args.videos) if args.videos else {}
     if found:
         missing = [f"  {name}" for name in found if name not in store]
-        print(f"{len(missing)} of the {len(found)} videos below {args.videos} have no {store.KIND}", *missing, sep="\n")
+        data.say(f"{len(missing)} of the {len(found)} videos below {args.videos} have no {store.KIND}", *missing)
     if args.picture:
         image = cv2.imencode(Path(args.picture).suffix, picture(store, args.video, found.get(args.video)))[1]
         with data.atomic(args.picture) as tmp:

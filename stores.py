@@ -11,12 +11,14 @@ names of this file on: stages say `data.FlowStore`.
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
 import struct
 import sys
 import tempfile
+import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,9 +35,15 @@ class BadInput(ValueError):
 
 
 def command_line(main):
-    """Run a stage's `main` and leave with its status; BadInput is one sentence and 2, Ctrl-C is 130."""
+    """Run a stage's `main` and leave with its status; BadInput is one sentence and 2, Ctrl-C is 130, and an output that
+    nobody reads any more, as of `| head`, 141."""
     try:
-        sys.exit(main())
+        status = main()
+        print(end="", flush=True)
+        sys.exit(status)
+    except BrokenPipeError:
+        _mute()
+        sys.exit(141)
     except BadInput as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -57,6 +65,19 @@ class Help(argparse.HelpFormatter):
         super().add_argument(action)
 
 
+def _mute():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end goes there too
+
+
+def say(*lines, end="\n"):
+    """Print lines at once, names that are no Unicode too; where nobody reads them any more, as after `| head -1`, the
+    work goes on without."""
+    try:
+        print(*(line.encode(errors="backslashreplace").decode() for line in lines), sep="\n", end=end, flush=True)
+    except BrokenPipeError:
+        _mute()
+
+
 @contextmanager
 def atomic(path, exclusive=False):
     """Yield a temporary path beside `path`; it becomes `path` when the block ends well and vanishes otherwise.
@@ -76,14 +97,26 @@ def atomic(path, exclusive=False):
             os.fsync(f.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        (os.link if exclusive else os.replace)(name, path)
+        with suppress(PermissionError):  # a file system without rights of its own
+            os.chmod(name, 0o666 & ~umask)
+        (_link if exclusive else os.replace)(name, path)
     except FileExistsError:
         raise
     except OSError as e:
         raise BadInput(f"{path} could not be written ({e.strerror}); what stood there before is untouched") from e
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _link(source, path):
+    """os.link; where there are no hard links, `path` is claimed by an empty file that the other then replaces."""
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        os.replace(source, path)
 
 
 def check_writable(path, option):
@@ -257,7 +290,8 @@ class AviWriter:
                            0xFFFFFFFF, 0, 0, 0, w, h)
         strf = struct.pack("<IiiHH4sIiiII", 40, w, h, 1, 24, b"MJPG", w * h * 3, 0, 0, 0, 0)
         strl = b"strl" + _chunk(b"strh", strh) + _chunk(b"strf", strf)
-        about = {**header, "frames": n, **({"colour": True} if colour else {})}
+        crc = functools.reduce(lambda so_far, jpeg: zlib.crc32(jpeg, so_far), self.jpegs, 0)
+        about = {**header, "frames": n, "crc32": crc, **({"colour": True} if colour else {})}
         lists = (_chunk(b"LIST", b"hdrl" + _chunk(b"avih", avih) + _chunk(b"LIST", strl))
                  + _chunk(b"LIST", b"INFO" + _chunk(b"ICMT", json.dumps(about).encode())))
         sizes = np.array([len(jpeg) for jpeg in self.jpegs], np.int64)
@@ -336,6 +370,26 @@ class AviReader:
                     yield plane
         except OSError as e:  # it was there when it was opened
             raise BadInput(f"{self.path} can no longer be read ({e.strerror}); see whether its disk is well") from e
+
+    def check(self, whole=False):
+        """Raise BadInput where a frame is not where the index says: chunk, size, first bytes of a JPEG. `whole`: where
+        one doesn't decode either, or all together are not what was written (older files have no checksum)."""
+        crc = 0
+        try:
+            with open(self.path, "rb", buffering=0) as f:  # of some bytes of each frame a buffer would read all
+                for t, (at, size) in enumerate(zip(self._at, self._size, strict=True)):
+                    f.seek(max(0, at - 8))
+                    head = f.read(8 + (int(size) if whole else 2))
+                    if head[:10] != b"00dc" + struct.pack("<I", size) + b"\xff\xd8":
+                        raise BadInput(f"{self.path} is damaged at frame {t}; {self._cure()}")
+                    crc = zlib.crc32(head[8:], crc)
+        except OSError as e:
+            raise BadInput(f"{self.path} can't be read ({e.strerror}); see whether its disk is well") from e
+        if whole:
+            for _ in self.frames(range(len(self))):
+                pass
+            if crc != self.header.get("crc32", crc):
+                raise BadInput(f"{self.path} is damaged (its checksum is another); {self._cure()}")
 
     def read(self, indices):
         """Frames `indices` as a list; a frame asked for twice is decoded once."""

@@ -38,7 +38,8 @@ def flow(frames, *, impl="auto", **params):
     params  entries of DEFAULTS to change
     impl    "reference", "compiled" (C++ or CUDA, by the device), or "auto": compiled where built
     Returns float32 [B, T-1, 2, H, W]. A pair's flow doesn't depend on what else is in the batch.
-    Raises ValueError, naming the argument, where something doesn't fit.
+    Raises ValueError, naming the argument, where something doesn't fit; torch.OutOfMemoryError where a GPU's memory
+    doesn't suffice for 256 pairs at once: hand over fewer.
     """
     if not isinstance(frames, torch.Tensor) or frames.dim() != 4 or frames.dtype not in (torch.uint8, torch.float32):
         got = f"{frames.dtype} {list(frames.shape)}" if isinstance(frames, torch.Tensor) else type(frames).__name__

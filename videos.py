@@ -14,6 +14,7 @@ import json
 import os
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,9 @@ from workers import cores, in_processes
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read once by OpenCV; our sentence instead of a codec's
 cv2.setNumThreads(1)  # processes are the parallelism; one forked after OpenCV's threads had work would wait for them
+# what FFmpeg takes for a list of other files to open, whatever its name: concat, HLS, DASH, SDP
+PLAYLISTS = (b"ffconcat", b"#extm3u", b"<?xml", b"<mpd", b"v=0")  # at the start
+PLAYLISTS_WITHIN = (b"dash:profile:", b"\nc=in ip")
 VIDEO_SUFFIXES = {".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv"}
 
 
@@ -40,6 +44,14 @@ def _open(path):
         raise BadInput(f"{path} is empty (zero bytes)")
     if not os.access(path, os.R_OK):
         raise BadInput(f"{path} can't be read; its rights forbid it")
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # OpenCV would crash
+        raise BadInput(f"{path} can't be opened: its name is no UTF-8; rename it") from None
+    with suppress(OSError), open(path, "rb") as f:  # where it can't be read OpenCV gives no frame
+        head = f.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+        if head.startswith(PLAYLISTS) or any(words in head for words in PLAYLISTS_WITHIN):
+            raise BadInput(f"{path} is a list of other files, no video")
     level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     try:
         # one thread: a decoder that starts one a core spends more time on them than on a short film
@@ -125,7 +137,7 @@ class VideoSet(NamedTuple):
 def find_videos(root):
     """All video files below `root`, links followed -> {name: path}, sorted by name.
 
-    Raises BadInput: no such folder, no video in it, or two files of one name.
+    Raises BadInput: no such folder, no video in it, two files of one name, or a file and a folder of videos of one.
     """
     root = os.fspath(root)
     if not os.path.isdir(root):
@@ -145,6 +157,12 @@ def find_videos(root):
                     raise BadInput(f"{found[name]} and {path} differ by suffix only, so their flow would have one "
                                    f"name; rename one")
                 found[name] = path
+    for below in {os.path.dirname(name) for name in found}:
+        while below:
+            if below.endswith(".avi") and below[:-4] in found:
+                raise BadInput(f"{found[below[:-4]]} and the folder {os.path.join(root, below)} would have one name in "
+                               f"a store; rename one")
+            below = os.path.dirname(below)
     if not found:
         raise BadInput(f"{root} holds no video ({', '.join(sorted(VIDEO_SUFFIXES))})")
     return dict(sorted(found.items()))
@@ -300,15 +318,13 @@ class Index:
 
 
 def count_frames(job, settings, tell):
-    """(path,) -> (frames that decode, frames declared, sentence or ""); work of `in_processes`."""
+    """(path,) -> (frames that decode, frames declared, sentence or ""); work of `in_processes`. Raises BadInput as
+    `decode`."""
     path, frames, why = job[0], 0, ""
-    try:
-        for _ in decode(path):
-            frames += 1
-            if frames % 100 == 1:
-                tell(frames)
-    except BadInput as e:
-        return 0, 0, str(e)
+    for _ in decode(path):
+        frames += 1
+        if frames % 100 == 1:
+            tell(frames)
     declared = max(0, int(cv2.VideoCapture(str(path), cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FRAME_COUNT)))
     if frames < 0.95 * declared:
         why = f"{path} is cut short: {frames} of {declared} frames decode"
@@ -322,7 +338,8 @@ def scan(root, path, workers=None, time_limit=60, progress=False):
 
     A file that crashes or stalls its reader for `time_limit` seconds is one without frames. Interrupted, a later scan
     goes on; the index on disk is always whole.
-    Returns (Index, {"new", "changed", "removed", "kept": numbers of videos}). Raises BadInput as `find_videos`.
+    Returns (Index, {"new", "changed", "removed", "kept": numbers of videos}). Raises BadInput as `find_videos` and
+    `in_processes`.
     """
     found = find_videos(root)
     old = Index.load(path).entries if os.path.exists(path) else {}
@@ -335,8 +352,11 @@ def scan(root, path, workers=None, time_limit=60, progress=False):
             entries[name] = before
             known["kept"] += 1
         else:
-            jobs[name] = file, mark
             known["changed" if before else "new"] += 1
+            if stat:
+                jobs[name] = file, mark
+            else:
+                entries[name] = (*mark, 0, 0, f"{file} doesn't exist")
     known["removed"] = len(old.keys() - found.keys())
 
     def save():
@@ -350,7 +370,8 @@ def scan(root, path, workers=None, time_limit=60, progress=False):
             for name, kind, value in in_processes(count_frames, jobs, None, workers or cores(), time_limit):
                 if kind == "told":
                     continue
-                entries[name] = (*jobs[name][1], *(value if kind == "done" else (0, 0, value)))
+                mark = (0, 0) if kind == "away" else jobs[name][1]  # what is away now may be back for the next scan
+                entries[name] = (*mark, *(value if kind == "done" else (0, 0, value)))
                 bar.update()
                 if time.monotonic() - saved > 60:
                     save()

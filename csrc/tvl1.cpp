@@ -43,20 +43,11 @@ Tensor empty_flow(const Tensor& frames) {
 }
 
 #ifdef GOCA_CUDA
-// BATCH pairs together; where memory doesn't suffice, half as many, and so on.
+// BATCH pairs together. Where memory doesn't suffice for these it throws: who called knows how to divide what it has.
 void flow_on_cuda(const tvl1::Args& args, const at::TensorOptions& options) {
   const auto stream = c10::cuda::getCurrentCUDAStream().stream();
-  const int64_t pairs = args.videos * (args.frames - 1);
-  int64_t batch = std::min(pairs, tvl1::cuda::BATCH);
-  Tensor workspace;
-  while (!workspace.defined()) {
-    try {
-      workspace = at::empty({int64_t(tvl1::cuda::workspace_bytes(args, batch))}, options.dtype(at::kByte));
-    } catch (const c10::OutOfMemoryError&) {
-      if (batch == 1) throw;
-      batch = (batch + 1) / 2;
-    }
-  }
+  const int64_t pairs = args.videos * (args.frames - 1), batch = std::min(pairs, tvl1::cuda::BATCH);
+  const Tensor workspace = at::empty({int64_t(tvl1::cuda::workspace_bytes(args, batch))}, options.dtype(at::kByte));
   const Tensor pinned = at::empty({2 * batch * int64_t(sizeof(tvl1::cuda::Control))},
                                   at::TensorOptions().dtype(at::kByte).pinned_memory(true));
   for (int64_t first = 0; first < pairs; first += batch) {

@@ -5,7 +5,11 @@ rounds otherwise, is compared after few iterations; the compiled operator, which
 OpenCV 4 rounds its warps to 1/32 px: there both are asked for less (LIKE), and step by step nothing can be compared.
 """
 
+import ctypes
 import itertools
+import shutil
+import subprocess
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -17,6 +21,7 @@ import data
 import goca
 import tvl1
 
+ROOT = Path(__file__).parents[1]
 built = pytest.mark.skipif(goca._goca is None, reason=f"the extension isn't built: {goca.BUILD}")
 FIVE = int(cv2.__version__.split(".")[0]) >= 5
 LIKE, SAME = (0.02, 1e-3) if FIVE else (0.06, 0.06)  # px on average; of small pictures, where borders count for much
@@ -116,6 +121,8 @@ def test_film(dataset, real_clips):
     for path in paths[:3]:
         frames = greys(path, 3, 96)
         assert_as_asked(ours(frames), opencv(frames))
+    frames = greys(paths[0], 2, 240)
+    assert_as_asked(ours(frames), opencv(frames))
 
 
 @built
@@ -178,6 +185,40 @@ def test_batch_threads_and_runs_change_no_bit():
         for t in range(3):
             assert torch.equal(tvl1.flow(films[k:k + 1, t:t + 2]), whole[k:k + 1, t:t + 1])
     assert torch.equal(tvl1.flow(films.transpose(2, 3)[:, ::2].transpose(2, 3)), tvl1.flow(films[:, ::2].contiguous()))
+
+
+PLAIN = """
+#include "PATH/csrc/tvl1_cpu.cpp"
+extern "C" void run(const uint8_t* bytes, int64_t h, int64_t w, float* flow) {
+  goca::tvl1::cpu::flow({bytes, nullptr, 1, 2, h, w, {0.25, 0.15, 0.3, 5, 5, 0.01, 30, 10, 0.8, true}, flow});
+}
+"""
+PARALLEL = """
+#include <cstdint>
+namespace at {
+inline int get_num_threads() { return 1; }
+template <typename F> void parallel_for(int64_t begin, int64_t end, int64_t, const F& f) { f(begin, end); }
+}
+"""
+
+
+@built
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to compile it without vectors with")
+def test_vectors_change_no_bit(tmp_path):
+    """The CPU's code for the base machine alone, where the operator takes the widest vectors that there are."""
+    (tmp_path / "ATen").mkdir()
+    (tmp_path / "ATen" / "Parallel.h").write_text(PARALLEL)
+    (tmp_path / "plain.cpp").write_text(PLAIN.replace("PATH", str(ROOT)))
+    done = subprocess.run(["g++", "-std=c++20", "-O1", "-fno-tree-vectorize", "-D__SANITIZE_ADDRESS__", "-w", "-shared",
+                           "-fPIC", f"-I{tmp_path}", "-o", str(tmp_path / "plain.so"), str(tmp_path / "plain.cpp")],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    library = ctypes.CDLL(str(tmp_path / "plain.so"))
+    for size in ((33, 47), (64, 85)):
+        frames = moved(*size, MOTIONS["turn"])
+        flow = np.full((2, *size), np.nan, np.float32)
+        library.run(ctypes.c_void_p(frames.ctypes.data), *map(ctypes.c_int64, size), ctypes.c_void_p(flow.ctypes.data))
+        assert np.array_equal(flow, ours(frames)[0]) and np.abs(flow).max() > 0.5
 
 
 @built

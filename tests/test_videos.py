@@ -166,8 +166,11 @@ def misbehave(job, settings, tell):
     return settings + what
 
 
-def test_each_file_costs_itself_alone():
+def test_each_file_costs_itself_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     jobs = {name: (name + ".avi", name) for name in ("one", "crash", "two", "stall", "raise", "three")}
+    for file, _ in jobs.values():
+        Path(file).touch()
     events = list(workers.in_processes(misbehave, jobs, "did ", 2, 1.5))
     assert {name: value for name, kind, value in events if kind == "done"} == {
         "one": "did one", "two": "did two", "three": "did three"}
