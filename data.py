@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from checkpoints import last_checkpoint, load_checkpoint, save_checkpoint, save_run  # noqa: F401  (likewise)
 from stores import (  # noqa: F401  (the stages' door to the file formats)
     BOUND,
     AviReader,
@@ -34,18 +35,15 @@ from stores import (  # noqa: F401  (the stages' door to the file formats)
     BadInput,
     FlowStore,
     RgbStore,
+    Unreadable,
     atomic,
     check_writable,
     command_line,
     dequantise,
-    last_checkpoint,
     load_arrays,
-    load_checkpoint,
     quantise,
     rgb_settings,
     save_arrays,
-    save_checkpoint,
-    save_run,
     shrink,
     write_avi,
 )

@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -153,15 +154,26 @@ def kills(argv, root, count, seed):
     assert end(fork(train, [*argv, "--out", f"{root}/whole"], said=root / "said")) == 0, (root / "said").read_text()
     seconds = time.monotonic() - began
     moments = rng.sample(MOMENTS, len(MOMENTS))
-    done, runs = [], 0
+    done, runs, damaged = [], 0, 0
 
     def check():
         same(root / str(runs), root / "whole")
-        left = {p.name for p in (root / str(runs)).iterdir()} - {"checkpoint.new.pt"}
-        assert left == {"checkpoint.pt", "checkpoint.1.pt", "log.jsonl"}, left
+        left = {p.name for p in (root / str(runs)).iterdir()} - {"checkpoint.new.pt", "checkpoint.damaged.pt"}
+        assert left == {"checkpoint.pt", "checkpoint.1.pt", "log.jsonl", "lock"}, left
+
+    def damage():
+        """Cut the newest checkpoint, unless it is the only good one."""
+        nonlocal damaged
+        newest, before = (root / str(runs) / name for name in ("checkpoint.pt", "checkpoint.1.pt"))
+        with suppress(data.BadInput):
+            data.load_checkpoint(newest), data.load_checkpoint(before)
+            newest.write_bytes(newest.read_bytes()[:-1000])
+            damaged += 1
 
     while len(done) < count:
         command = [*argv, "--out", f"{root}/{runs}"]
+        if rng.random() < 0.5:
+            damage()
         if len(done) % 2:
             moment = moments[len(done) // 2 % len(moments)], rng.randint(1, 2)
             status = end(fork(train_to_death, command, *moment, said=root / "said"))
@@ -179,6 +191,7 @@ def kills(argv, root, count, seed):
             done.append(moment)
     assert end(fork(train, [*argv, "--out", f"{root}/{runs}"], said=root / "said")) == 0, (root / "said").read_text()
     check()
+    assert damaged > 2
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
@@ -355,6 +368,28 @@ def restarts(argv, whole):
     same(f"{whole}/restarted", f"{whole}/whole")
     headers = [line for line in Path(f"{whole}/restarted/log.jsonl").read_text().splitlines() if "command" in line]
     assert [json.loads(line)["step"] for line in headers] == [0, 2]
+
+
+# --- what processes have alike ---------------------------------------------------------------------------------------
+def train_apart(argv, others):
+    """Train; rank 1 with more flags than rank 0."""
+    train(argv + (others if os.environ["RANK"] == "1" else []))
+
+
+def apart(argv, others, said, status):
+    """Two processes, the second with `others` on its command line -> each leaves with its `status`."""
+    statuses = [end(pid) for pid in start_ranks(2, train_apart, argv, others, said=said)]
+    assert statuses == status, (statuses, [Path(f"{said}{r}").read_text() for r in (0, 1)])
+
+
+def node_local(argv, root, said):
+    """A run of two processes goes on although the second finds nothing in its --out; it ends as an undisturbed one."""
+    apart([*argv, "--out", f"{root}/whole"], [], said, [0, 0])
+    for pid in start_ranks(2, disturbed, [*argv, "--out", f"{root}/run"], "warn", 3):
+        assert end(pid) == 128 + signal.SIGUSR1
+    assert data.load_checkpoint(f"{root}/run")["step"] == 3
+    apart([*argv, "--out", f"{root}/run"], ["--out", f"{root}/elsewhere"], said, [0, 0])
+    same(f"{root}/run", f"{root}/whole")
 
 
 # --- a full disk -----------------------------------------------------------------------------------------------------
