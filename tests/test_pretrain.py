@@ -246,31 +246,6 @@ def test_tensorboard_has_the_numbers_of_the_log(tiny, tmp_path, monkeypatch):
         assert [e.value for e in events.Scalars(name)] == pytest.approx(written)
 
 
-SLURM = """#!/bin/bash
-case $(basename $0) in
-    scontrol) echo "scontrol $@" >> {said}; echo first; echo second ;;
-    srun) for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "${{@:2}}"; status=$?; done; exit $status ;;
-    *) echo "$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR:$MASTER_PORT $@" >> {said}; exit {status} ;;
-esac
-"""
-
-
-@pytest.mark.parametrize(("status", "again"), [(0, False), (2, False), (75, True), (138, True)])
-def test_the_slurm_script_starts_a_process_a_gpu_and_itself_again(tmp_path, status, again):
-    said = tmp_path / "said"
-    for name in ("srun", "scontrol", "interpreter"):
-        (tmp_path / name).write_text(SLURM.format(said=said, status=status))
-        (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "interpreter", "SLURM_JOB_ID": "70007",
-                   "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
-    done = subprocess.run(["bash", ROOT / "presets" / "slurm.sh", "@presets/one-gpu", "--out", "a b"], env=environment)
-    assert done.returncode == status
-    assert said.read_text().splitlines() == [
-        "scontrol show hostnames n[1-2]", "0/2 0/2 first:30007 pretrain.py @presets/one-gpu --out a b",
-        "1/2 1/2 first:30007 pretrain.py @presets/one-gpu --out a b",
-        *(["scontrol requeue 70007"] if again else [])]
-
-
 # --- bad input -------------------------------------------------------------------------------------------------------
 def test_changed_settings_are_refused_on_resume(tiny, whole, tmp_path):
     with pytest.raises(data.BadInput, match=r"trained with other settings \(lambda2 0.03 -> 0.01\)"):
