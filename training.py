@@ -272,10 +272,10 @@ class Log:
             self.dropped += not finite
         self.finite.clear()
         if self.row >= self.IN_A_ROW:
-            raise data.BadInput(f"the gradient was not finite in the last {self.row} steps before step {step}; "
-                                f"{self.path.parent} keeps the last good checkpoint. Likely causes: a learning rate "
-                                f"too high (--lr {self.s.lr:.3g}), too small a lambda1 ({self.s.lambda1}), damaged "
-                                f"weights")
+            raise alike(data.BadInput(f"the gradient was not finite in the last {self.row} steps before step {step}; "
+                                      f"{self.path.parent} keeps the last good checkpoint. Likely causes: a learning "
+                                      f"rate too high (--lr {self.s.lr:.3g}), too small a lambda1 ({self.s.lambda1}), "
+                                      f"damaged weights"))
 
     def too_many_faults(self, videos):
         """A sentence if more than the share --max-faults of the videos could not be read (one never is too many)."""

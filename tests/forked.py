@@ -334,11 +334,15 @@ def gpu_batch_norms(rows, said):
 # --- disturbed processes ---------------------------------------------------------------------------------------------
 def disturbed(argv, disturbance, step):
     """Train while rank 1 does something in a step."""
-    def hang():
-        time.sleep(100)
+    def hang(*_):
+        time.sleep(LIMIT)
 
+    def starve():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    dist.destroy_process_group = hang if disturbance in ("starve", "die") else dist.destroy_process_group  # as NCCL may
     if os.environ["RANK"] == "1":
-        in_step(step, {"die": lambda: os._exit(1), "hang": hang,
+        in_step(step, {"die": lambda: os._exit(1), "hang": hang, "starve": starve,
                        "warn": lambda: os.kill(os.getpid(), signal.SIGUSR1)}[disturbance])
     train(argv)
 
@@ -347,6 +351,24 @@ def disturb(argv, said, disturbance, step, status):
     """Two processes, one of them disturbed -> each leaves with its `status`."""
     statuses = [end(pid) for pid in start_ranks(2, disturbed, argv, disturbance, step, said=said)]
     assert statuses == status, (statuses, [Path(f"{said}{r}").read_text() for r in (0, 1)])
+
+
+def agree(late):
+    """A signal to one process in call 2 and a timer of another in call 3 are read by all in the same call."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    agreement = processes.Agreement(torch.device("cpu"), 2, late)
+    said = [agreement(10 * (rank == 1 and call >= 2), rank == 0 and call == 3) for call in range(6)]
+    signals, timer = zip(*said, strict=True)
+    assert signals == (*[0] * (2 + late), *[10] * (4 - late)), signals
+    assert timer == tuple(int(call == 3 + late) for call in range(6)), timer
+    assert len(agreement.pending) == late
+
+
+def agreements(said):
+    for late in (0, 1):
+        for rank, pid in enumerate(start_ranks(2, agree, late, said=said)):
+            assert end(pid) == 0, Path(f"{said}{rank}").read_text()
 
 
 def dies_once(argv):
