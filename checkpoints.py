@@ -144,7 +144,8 @@ def lock(out, patience=0.0):
     """Keep other runs out of `out`, and remove what a killed one left half written -> a context, at whose end (or that
     of this process) others may run there. Where the file system can't lock, a sentence says so.
 
-    patience: seconds to wait for a run that is about to end. Raises BadInput, naming it, where there is one.
+    patience: seconds to wait for a run that is about to end. Raises BadInput, naming it, where there is one; Unreadable
+    after waiting, for a server may keep the lock of a machine that is gone for longer.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -164,9 +165,9 @@ def lock(out, patience=0.0):
                 return nullcontext()
             if time.monotonic() >= until:
                 file.seek(0)
-                raise BadInput(f"another run is training in {out} ({file.read().strip() or 'unknown process'}): wait "
-                               f"for its end, or give another --out; if its machine is gone, remove "
-                               f"{out / 'lock'}") from None
+                raise (Unreadable if patience else BadInput)(
+                    f"another run is training in {out} ({file.read().strip() or 'unknown process'}): wait for its end, "
+                    f"or give another --out; if its machine is gone, remove {out / 'lock'}") from None
             time.sleep(1)
     file.truncate(0)
     print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)

@@ -44,7 +44,7 @@ def cut(file):
 
 # --- a process that sees something else ------------------------------------------------------------------------------
 def test_all_processes_continue_from_what_the_first_one_read(tiny, forked, tmp_path):
-    forked("node_local", argv=command(tiny, "--batch-size", "4", "--epochs", "2"), root=tmp_path,
+    forked("node_local", argv=command(tiny, "--batch-size", "4", "--epochs", "2", "--save-minutes", "1e-9"), root=tmp_path,
            said=tmp_path / "said")
     assert not (tmp_path / "elsewhere").exists()
 
@@ -181,6 +181,8 @@ def test_one_that_is_started_again_waits_for_its_last_processes(tiny, two, monke
     with subprocess.Popen([sys.executable, "-c", HOLD, str(two)], cwd=ROOT, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as other:
         other.stdout.readline()
+        with pytest.raises(data.Unreadable, match="another run is training"):  # Slurm then starts it once more
+            checkpoints.lock(two, 0.1)
         monkeypatch.setattr(checkpoints.time, "sleep", lambda seconds: other.communicate(b"\n"))
         checkpoints.lock(two, 100).close()
 

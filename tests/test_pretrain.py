@@ -121,7 +121,10 @@ def test_compiled_backbones_train_alike(tiny, whole, tmp_path, monkeypatch):
     compiled, real = [], torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda m: (compiled.append(m), real(m, backend="eager",
                                                                                         fullgraph=True)))
+    longer = []
+    monkeypatch.setattr(pretrain.Watchdog, "compiling", lambda self: longer.append(self))
     assert run(tiny, tmp_path / "run", "--compile") == 0
+    assert len(longer) == 1  # all steps are alike
     assert [type(m) for m in compiled] == [model.Backbone] * 2
     for one, other in zip(log(whole)[1:], log(tmp_path / "run")[1:], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
@@ -196,7 +199,8 @@ def test_plan_says_what_would_be_done_and_writes_nothing(tiny, tmp_path, capsys)
     assert "2 steps an epoch, 14 in all" in said and "process-hours; nothing was written" in said
     compiled = goca._compiled("auto", torch.device("cpu"))
     for words in ("goca on ucf101 in", "20 videos (0 listed but absent, 0 that do not decode, 0 without flow)",
-                  "both views of 2 crops of 8 and 1 of 8 frames, 32 px", "M parameters, float32 on 1 x cpu, ",
+                  "both views of 2 crops of 8 and 1 of 8 frames, 32 px; 0 loader processes",
+                  "M parameters, float32 on 1 x cpu, ",
                   "24 prototypes, ln N = 3.178; batch 10 x 1", "(7 epochs, 0 videos left out of each)",
                   "learning rate (lars): 4.8 at a batch of 640, scaled by sqrt(10/640); 0.0375 -> 0.6 in 1 epochs",
                   "assignment and loss: " + ("compiled for cpu" if compiled else "PyTorch reference")):
