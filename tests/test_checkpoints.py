@@ -44,8 +44,8 @@ def cut(file):
 
 # --- a process that sees something else ------------------------------------------------------------------------------
 def test_all_processes_continue_from_what_the_first_one_read(tiny, forked, tmp_path):
-    forked("node_local", argv=command(tiny, "--batch-size", "4", "--epochs", "2", "--save-minutes", "1e-9"), root=tmp_path,
-           said=tmp_path / "said")
+    argv = command(tiny, "--batch-size", "4", "--epochs", "2", "--save-minutes", "1e-9")
+    forked("node_local", argv=argv, root=tmp_path, said=tmp_path / "said")
     assert not (tmp_path / "elsewhere").exists()
 
 
