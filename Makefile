@@ -7,7 +7,7 @@ DEMO ?= demo
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 1000
 
-.PHONY: build demo test gpu trial bench lint clean
+.PHONY: build demo test sanitize gpu trial bench lint clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed, this is ' + sys.version)"
@@ -49,6 +49,18 @@ demo: $(VENV)/installed
 # In two processes: most tests keep one core busy.
 test: build
 	$(BIN)/python -m pytest -q -n 2 --durations=5 tests
+
+# The C++ of all kernels under AddressSanitizer and UndefinedBehaviorSanitizer, those for GPUs as g++ runs them. In a
+# copy, since the extension then needs the sanitizers' libraries first.
+SANITIZED := build/sanitized
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g
+sanitize: $(VENV)/installed
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r *.py pytest.ini csrc tests experiments presets $(SANITIZED)
+	cd $(SANITIZED) && GOCA_CXXFLAGS="$(SANITIZERS)" $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 GOCA_CXXFLAGS="$(SANITIZERS)" $(abspath $(BIN))/python -m pytest -q -k "not nvcc" \
+	    tests/test_goca.py tests/test_operator.py tests/test_tvl1.py tests/test_cuda_on_cpu.py tests/test_tvl1_cuda_on_cpu.py
 
 # Where an NVIDIA card is: the tests that need one, the same small ones under compute-sanitizer, and the speed rows.
 GPU_TESTS = -q -k "(cuda or gpu) and not on_cpu" tests

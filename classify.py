@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -180,7 +179,7 @@ def fit_clips(net, views, found, store, recipe, s, settings, frozen, what, devic
                             stride=settings["stride"], scale=tuple(settings["scale"]), seed=s.seed, cache=s.cache)
     batches = data.Batches(len(found.videos), s.batch_size, recipe.epochs, s.seed, rank, world, start=step)
     per_epoch, total = batches.steps_per_epoch, batches.steps_per_epoch * recipe.epochs
-    loader = DataLoader(clips, batch_sampler=batches, num_workers=s.workers, worker_init_fn=data.start_worker)
+    loader = data.Loader(clips, batches.after, s.workers)
     labels = torch.tensor([v.label for v in found.videos])
     ddp = classifier
     if world > 1:
@@ -231,7 +230,7 @@ def predict_clips(classifier, found, store, s, device, what, rank, world):
     """
     clips = data.TestClips(found.videos, store, protocol=s.protocol, frames=s.frames, size=s.size, stride=s.stride)
     own = range(rank, len(found.videos), world)
-    loader = DataLoader(clips, sampler=own, batch_size=None, num_workers=s.workers, worker_init_fn=data.start_worker)
+    loader = data.Loader(clips, lambda done: {"sampler": own[done:], "batch_size": None}, s.workers)
     views, rows, faults = [v for v in model.VIEWS if v in classifier.backbones], {}, []
     for group in in_batches(tqdm(loader, desc=what, unit="video", mininterval=1, disable=rank > 0), s.batch_views):
         faults += [i["fault"] for i in group if "fault" in i]

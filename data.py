@@ -14,20 +14,19 @@ Conventions. A video of n decoded frames has n-1 flow frames (flow t moves frame
 frames from the first n-1. A video shorter than a clip is repeated from its start. Declared frame counts are not used.
 """
 
-import ctypes
+import copy
 import math
-import signal
 from collections import Counter, defaultdict
-from contextlib import suppress
 from functools import lru_cache
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
 from checkpoints import last_checkpoint, load_checkpoint, save_checkpoint, save_run  # noqa: F401  (likewise)
+from loader import Clips, Loader, keep_memory, start_worker  # noqa: F401  (for those who read clips)
 from stores import (  # noqa: F401  (the stages' door to the file formats)
     BOUND,
     AviReader,
@@ -159,7 +158,7 @@ def fault_of(video, error):
     return str(error) if isinstance(error, BadInput) else f"{video.path} failed: {' '.join(str(error).split())}"
 
 
-class TrainClips(Dataset):
+class TrainClips(Clips):
     """A video's training crops: `n_long` clips of `frames` and `n_short` of `short_frames`, of both views.
 
     item (epoch, index) -> {"long": c, "short": c, "index": index, "fault": ""}, c = {"rgb": uint8 [v, T, S, S, 3],
@@ -178,13 +177,11 @@ class TrainClips(Dataset):
 
     def __init__(self, videos, store, *, frames=32, short_frames=16, n_long=2, n_short=4, size=128, stride=1,
                  scale=(136 / 128, 190 / 128), seed=0, cache=False, time_limit=60, rgb=None):
-        self.videos, self.store, self.rgb, self.size = videos, store, rgb, size
+        super().__init__(videos)
+        self.store, self.rgb, self.size = store, rgb, size
         self.stride, self.scale, self.seed, self.time_limit = stride, scale, seed, time_limit
         self.lengths = {"long": [frames] * n_long, "short": [short_frames] * n_short}
         self.cache = {} if cache else None
-
-    def __len__(self):
-        return len(self.videos)
 
     def _params(self, rng):
         """One crop's box and its six numbers for `augment`."""
@@ -206,7 +203,8 @@ class TrainClips(Dataset):
                 index = int(rng.integers(len(self.videos)))
             video = self.videos[index]
             try:
-                crops = within(self.time_limit, video.path, self._crops, video, rng)
+                with self.reading(index):
+                    crops = within(self.time_limit, video.path, self._crops, video, rng)
                 return {**crops, "index": index, "fault": fault}
             except FAULTS as e:
                 fault = fault or fault_of(video, e)
@@ -237,7 +235,7 @@ class TrainClips(Dataset):
                 for group, views in cut_clips(frames(wanted), boxed, self.size).items()}
 
 
-class TestClips(Dataset):
+class TestClips(Clips):
     """A video's test views, without augmentation: index -> {"rgb": uint8 [K, T, S, S, 3], "flow": ..., "weight"}.
 
     protocol "goca": 3 places along the longer side x 10 times evenly spread, K = 30 (paper, section 4). "coclr":
@@ -247,11 +245,9 @@ class TestClips(Dataset):
     """
 
     def __init__(self, videos, store, *, protocol="goca", frames=32, size=128, stride=1):
-        self.videos, self.store, self.frames, self.size, self.stride = videos, store, frames, size, stride
+        super().__init__(videos)
+        self.store, self.frames, self.size, self.stride = store, frames, size, stride
         self.protocol = protocol
-
-    def __len__(self):
-        return len(self.videos)
 
     def starts(self, n):
         """First frames of the views of a video with n usable frames."""
@@ -261,36 +257,22 @@ class TestClips(Dataset):
         return list(range(0, room + 1, 15))
 
     def __getitem__(self, index):
-        video = self.videos[index]
         try:
-            flow, _ = open_views(video, self.store)
-            clips = [clip_indices(start, self.frames, self.stride, len(flow)) for start in self.starts(len(flow))]
-            h, w = flow.shape  # of u over v; a square frame has one place
-            places = (0, 0.5, 1) if self.protocol == "goca" and h != 2 * w else (0.5,)
-            count = Counter((tuple(i), place) for i in clips for place in places)
-            views = [(i, Box(1, place, place)) for i, place in count]
-            wanted = sorted({t for clip in clips for t in clip})
-            cut = cut_clips(read_frames(video, flow, wanted), {"views": views}, self.size)["views"]
+            with self.reading(index):
+                return {**self._views(self.videos[index]), "index": index}
         except FAULTS as e:
-            return {"index": index, "fault": fault_of(video, e)}
-        return {**cut, "weight": torch.tensor([n / sum(count.values()) for n in count.values()]), "index": index}
+            return {"index": index, "fault": fault_of(self.videos[index], e)}
 
-
-def keep_memory():
-    """Let the C library keep what is freed, where it is glibc: handed back and faulted in anew each time, its pages
-    cost a third of the loader's time, and 18 % of a small network's on a CPU."""
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large array
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def start_worker(worker):
-    """worker_init_fn of a DataLoader: the processes are the parallelism, and they end when the main process says so."""
-    keep_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process still wants its step's data
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    def _views(self, video):
+        flow, _ = open_views(video, self.store)
+        clips = [clip_indices(start, self.frames, self.stride, len(flow)) for start in self.starts(len(flow))]
+        h, w = flow.shape  # of u over v; a square frame has one place
+        places = (0, 0.5, 1) if self.protocol == "goca" and h != 2 * w else (0.5,)
+        count = Counter((tuple(i), place) for i in clips for place in places)
+        views = [(i, Box(1, place, place)) for i, place in count]
+        wanted = sorted({t for clip in clips for t in clip})
+        cut = cut_clips(read_frames(video, flow, wanted), {"views": views}, self.size)["views"]
+        return {**cut, "weight": torch.tensor([n / sum(count.values()) for n in count.values()])}
 
 
 class Batches(Sampler):
@@ -313,6 +295,12 @@ class Batches(Sampler):
 
     def __len__(self):
         return self.steps_per_epoch * self.epochs - self.start
+
+    def after(self, done):
+        """For `Loader`: the batches from the `done`-th on."""
+        rest = copy.copy(self)
+        rest.start += done
+        return {"batch_sampler": rest}
 
     def rows(self, step):
         """The number of videos of each process in a global step."""

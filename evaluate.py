@@ -81,8 +81,9 @@ def aligned(train, test):
 
 def both_subsets(env, split):
     """Features of the training and the test list -> (train, test), None on rank > 0."""
-    both = [features(env.net, labelled(env.s, split, subset), env.store, env.s, env.device, f"split{split}-{subset}",
-                     env.rank, env.world) for subset in ("train", "test")]
+    lists = {subset: labelled(env.s, split, subset) for subset in ("train", "test")}  # a fault of either comes first
+    both = [features(env.net, found, env.store, env.s, env.device, f"split{split}-{subset}", env.rank, env.world)
+            for subset, found in lists.items()]
     return (None, None) if env.rank else aligned(*both)
 
 

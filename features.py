@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -144,8 +143,7 @@ def extract(net, videos, store, s, device, what, keep, done=()):
     places = range(len(videos))
     blocks = {b: places[b * BLOCK:(b + 1) * BLOCK] for b in range(-(-len(videos) // BLOCK)) if b not in done}
     own = [i for block in blocks.values() for i in block]
-    items = iter(DataLoader(clips, sampler=own, batch_size=None, num_workers=s.workers,
-                            worker_init_fn=data.start_worker))
+    items = iter(data.Loader(clips, lambda done: {"sampler": own[done:], "batch_size": None}, s.workers))
     progress = tqdm(total=len(videos), initial=len(videos) - len(own), desc=what, unit="video", mininterval=1)
 
     def of_views(x):
@@ -200,11 +198,12 @@ def features(net, found, store, s, device, what, rank=0, world=1):
             header |= {"key": key, "classes": found.classes}
             joined |= {"names": np.array([videos[i].name for i in joined["kept"]], str),
                        "labels": np.array([videos[i].label for i in joined["kept"]], np.int64)}
-            if path:
+            if path and len(joined["kept"]):
                 data.save_arrays(path, "features", header, **joined)
+                print(f"written: {path}")
+            if path:  # of nothing, too: the same command is to try again
                 for part in path.parent.glob(f".{path.stem}-*.npz"):
                     part.unlink()
-                print(f"written: {path}")
     elif rank == 0:
         header, joined = data.load_arrays(path, "features", made_by)
         if header.get("key") != key:

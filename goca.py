@@ -34,6 +34,7 @@ weight of the samples in the first column sums, and so the result of a few round
 """
 
 import math
+import numbers
 import warnings
 
 import torch
@@ -84,7 +85,7 @@ def assign(scores, lambda1=0.02, *, log_prior=None, lambda2=0.03, iters=3, prior
     RuntimeError, naming the build command, where impl="compiled" and the extension isn't built.
     """
     _check_weights(lambda1, lambda2, iters, prior_sign)
-    scores = _tensor("scores", scores, "[..., M, N]", check_finite)
+    scores = _tensor("scores", scores, "[..., M, N]", check_finite, lambda1=lambda1)
     if log_prior is not None:
         log_prior = _like("log_prior", log_prior, scores, scores.shape, check_finite)
     if _compiled(impl, scores.device):
@@ -101,7 +102,7 @@ def guided_assign(scores, lambda1=0.02, lambda2=0.03, iters=3, impl="auto", *, p
     scores [2, A, M, N]: view (rgb, flow), assigning crop, sample, prototype. Other arguments and errors as in `assign`.
     """
     _check_weights(lambda1, lambda2, iters, prior_sign)
-    scores = _tensor("scores", scores, "[2, A, M, N]", check_finite)
+    scores = _tensor("scores", scores, "[2, A, M, N]", check_finite, lambda1=lambda1)
     if _compiled(impl, scores.device):
         return torch.ops.goca.guided_assign(scores, lambda1, lambda2, prior_sign, iters)
     log_prior = assign(scores, lambda1, iters=iters, impl="reference", check_finite=False)  # D' of both views, Eq. 5
@@ -122,7 +123,7 @@ def swapped_loss(scores, log_targets, temperature=0.1, impl="auto", *, check_fin
     The mean over samples, views and pairs of crops. `impl`, `check_finite` and errors as in `assign`.
     """
     _check_positive("temperature", temperature)
-    scores = _tensor("scores", scores, "[G, V, m, N]", check_finite)
+    scores = _tensor("scores", scores, "[G, V, m, N]", check_finite, temperature=temperature)
     _check_crops(scores)
     if not isinstance(log_targets, torch.Tensor) or log_targets.dim() != 4:
         raise ValueError(f"log_targets must be a tensor [G, A, m, N] of 4 dimensions, got {_describe(log_targets)}")
@@ -155,7 +156,7 @@ def guided_loss(scores, *, n_assign=2, lambda1=0.02, lambda2=0.03, temperature=0
     """
     _check_weights(lambda1, lambda2, iters, prior_sign)
     _check_positive("temperature", temperature)
-    scores = _tensor("scores", scores, "[2, V, m, N]", check_finite)
+    scores = _tensor("scores", scores, "[2, V, m, N]", check_finite, lambda1=lambda1, temperature=temperature)
     _check_crops(scores)
     _, v, m, n = scores.shape
     if not _is_int(n_assign) or not 1 <= n_assign <= v:
@@ -168,7 +169,8 @@ def guided_loss(scores, *, n_assign=2, lambda1=0.02, lambda2=0.03, temperature=0
         if not isinstance(batch_scores, torch.Tensor) or batch_scores.dim() != 4:
             raise ValueError(f"batch_scores must be a tensor [2, A, M, N], got {_describe(batch_scores)}")
         rows = batch_scores.shape[2]
-        batch_scores = _like("batch_scores", batch_scores.detach(), scores, (2, n_assign, rows, n), check_finite)
+        batch_scores = _like("batch_scores", batch_scores.detach(), scores, (2, n_assign, rows, n), check_finite,
+                             lambda1=lambda1)
         if not _is_int(first_row) or not 0 <= first_row <= rows - m:
             raise ValueError(f"first_row must be an integer from 0 to M - m = {rows} - {m}, so that the own rows lie "
                              f"in batch_scores, got {first_row!r}")
@@ -213,11 +215,11 @@ def _describe(x):
 
 
 def _is_int(x):
-    return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool)
+    return isinstance(x, (numbers.Integral, torch.SymInt)) and not isinstance(x, bool)
 
 
-def _tensor(name, x, shape, check_finite):
-    """A non-empty floating tensor of the layout `shape`, in float32 or float64."""
+def _tensor(name, x, shape, check_finite, **divisors):
+    """A non-empty floating tensor of the layout `shape`, in float32 or float64, finite also when divided."""
     dims = shape.strip("[]").split(", ")
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"{name} must be a tensor {shape}, got {_describe(x)}")
@@ -235,13 +237,18 @@ def _tensor(name, x, shape, check_finite):
         x = x.float()
     if check_finite and not torch.compiler.is_compiling() and x.device.type != "meta" \
             and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        # The sum is a cheap witness: only where it isn't finite does the exact question have to be asked.
-        if not math.isfinite(x.detach().sum()) and not bool(torch.isfinite(x.detach()).all()):
+        largest = max(-(ends := torch.stack(torch.aminmax(x.detach())).tolist())[0], ends[1])  # NaN stays NaN
+        if not all(map(math.isfinite, ends)):
             raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(x)).sum())} NaN or infinite values")
+        for divisor, value in divisors.items():
+            # an eighth: room for the logarithm's base, and for a difference
+            if largest / float(value) > torch.finfo(x.dtype).max / 8:
+                raise ValueError(f"{name} must stay within {x.dtype} when divided by {divisor}, "
+                                 f"got up to {largest:.3g} / {value:.3g}")
     return x
 
 
-def _like(name, x, scores, shape, check_finite):
+def _like(name, x, scores, shape, check_finite, **divisors):
     """As `_tensor`, of the given sizes, with the dtype and device of `scores`."""
     x = _tensor(name, x, "[..., M, N]", False)
     if tuple(x.shape) != tuple(shape):
@@ -250,7 +257,7 @@ def _like(name, x, scores, shape, check_finite):
         raise ValueError(f"{name} must have the dtype of scores, {scores.dtype}, got {x.dtype}")
     if x.device != scores.device:
         raise ValueError(f"{name} must be on the device of scores, {scores.device}, got {x.device}")
-    return _tensor(name, x, "[..., M, N]", check_finite)
+    return _tensor(name, x, "[..., M, N]", check_finite, **divisors)
 
 
 def _check_crops(scores):
@@ -260,13 +267,13 @@ def _check_crops(scores):
 
 
 def _check_positive(name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
 def _check_weights(lambda1, lambda2, iters, prior_sign):
     _check_positive("lambda1", lambda1)
-    if isinstance(lambda2, bool) or not isinstance(lambda2, (int, float)) or not 0 <= lambda2 < math.inf:
+    if isinstance(lambda2, bool) or not isinstance(lambda2, numbers.Real) or not 0 <= lambda2 < math.inf:
         raise ValueError(f"lambda2 must be a number of 0 or more (0: no guiding), got {lambda2!r}")
     if not _is_int(iters) or iters < 1:
         raise ValueError(f"iters must be an integer of at least 1, got {iters!r}")

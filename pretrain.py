@@ -27,7 +27,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
 
 import data
 import goca
@@ -255,8 +254,7 @@ def train_in(device, rank, world, s):
     batches = data.Batches(len(videos), s.batch_size, s.epochs, s.seed, rank, world, start=step, keep_last=s.keep_last)
     per_epoch, total = batches.steps_per_epoch, batches.steps_per_epoch * s.epochs
     # one pass over the batches of all epochs: the workers live as long as the run, each two batches ahead
-    loader = DataLoader(clips, batch_sampler=batches, num_workers=s.workers, pin_memory=device.type == "cuda",
-                        worker_init_fn=data.start_worker)
+    loader = data.Loader(clips, batches.after, s.workers, pin_memory=device.type == "cuda")
     net = core
     if s.compile:
         for backbone in core.backbones.values():

@@ -6,6 +6,7 @@ everything runs on the PyTorch reference. CXX picks another compiler; GOCA_CXXFL
 -fsanitize=address (then also in LDFLAGS).
 """
 
+import glob
 import os
 import re
 import sys
@@ -54,9 +55,8 @@ def extension(cuda):
     cxx = ["-O3", "-std=c++20", "-fopenmp", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-Wall",
            "-Wno-psabi", "-Wno-unknown-pragmas", *os.environ.get("GOCA_CXXFLAGS", "").split()]
     common = dict(name="_goca", include_dirs=[os.path.join(ROOT, "csrc")],
-                  depends=["csrc/goca.h", "csrc/cuda.h", "csrc/tvl1.h", "csrc/tvl1_cuda.h",
-                           "csrc/tvl1_kernels.cuh"])
-    sources = ["csrc/bindings.cpp", "csrc/cpu.cpp", "csrc/tvl1.cpp", "csrc/tvl1_cpu.cpp"]
+                  depends=glob.glob("csrc/*.h") + glob.glob("csrc/*.cuh"))
+    sources = ["csrc/bindings.cpp", "csrc/cpu_assign.cpp", "csrc/cpu_loss.cpp", "csrc/tvl1.cpp", "csrc/tvl1_cpu.cpp"]
     if not cuda:
         return cpp_extension.CppExtension(sources=sources, extra_link_args=["-fopenmp"],
                                           extra_compile_args={"cxx": cxx}, **common)

@@ -69,19 +69,36 @@ __device__ T warp_max(T x) {
 template <typename T>
 struct Row {  // row i of problem b
   const T *S, *X;
-  T *E, *f, *u;
+  T *E, *f, *g, *u;
 };
 
 template <typename T>
 __device__ Row<T> row_of(const Problems<T>& g, const Weights<T>& w, int64_t b, int64_t i) {
   const int64_t row = b * g.a.M + i;
-  return {g.scores(b, i), w.prior ? g.prior(b, i) : nullptr, g.s.E + row * g.a.N, g.s.f + row, g.s.u + row};
+  return {g.scores(b, i), w.prior ? g.prior(b, i) : nullptr, g.s.E + row * g.a.N, g.s.f + row, g.s.g + row,
+          g.s.u + row};
 }
 
 // x_ij + shift
 template <typename T>
 __device__ T exponent(const Weights<T>& w, const Row<T>& row, int64_t j, T shift) {
   return row.X ? w.p * row.S[j] + (w.q * row.X[j] + shift) : w.p * row.S[j] + shift;
+}
+
+template <typename T>
+struct Column {  // the maximum c_j of column j, in one of the two
+  T early, late;
+};
+
+template <typename T>
+__device__ Column<T> column_of(const Problems<T>& g, int64_t b, int64_t j) {
+  return {g.s.c[b * g.a.N + j], g.s.late[b * g.a.N + j]};
+}
+
+// x_ij - c_j: the exponent of E before a row is rebuilt
+template <typename T>
+__device__ T below(const Weights<T>& w, const Row<T>& row, int64_t j, T f, const Column<T>& c) {
+  return exponent(w, row, j, f - c.early) - c.late;
 }
 
 // partial_j = max_i x_ij over the chunk
@@ -101,23 +118,24 @@ __device__ void column_max(const Problems<T>& g, const Weights<T>& w) {
   }
 }
 
-// E_ij = exp2(x_ij - c_j), partial_j = sum_i E_ij over the chunk
+// E_ij = exp2(x_ij - c_j), partial_j = sum_i E_ij over the chunk, g_i = 0
 template <typename T>
 __device__ void exponentiate(const Problems<T>& g, const Weights<T>& w) {
   for (int64_t item = blockIdx.x; item < g.count() * g.s.chunks; item += gridDim.x) {
     const int64_t b = item / g.s.chunks, first = item % g.s.chunks * CUDA_CHUNK;
     const int rows = g.a.M - first < CUDA_CHUNK ? g.a.M - first : CUDA_CHUNK;
     for (int64_t j = threadIdx.x; j < g.a.N; j += THREADS) {
-      const T c = g.s.c[b * g.a.N + j];
+      const Column<T> c = column_of(g, b, j);
       T sum = 0;
       for (int k = 0; k < rows; ++k) {
         const Row<T> row = row_of(g, w, b, first + k);
-        const T e = power(exponent(w, row, j, *row.f - c));
+        const T e = power(below(w, row, j, *row.f, c));
         row.E[j] = e;
         sum += e;
       }
       g.s.partial[item * g.a.N + j] = sum;
     }
+    if (threadIdx.x < rows) *row_of(g, w, b, first + threadIdx.x).g = 0;
   }
 }
 
@@ -139,7 +157,9 @@ __device__ void combine(const Problems<T>& g) {
     if (warp == 0 && bj < columns) {
       for (int k = 1; k < WARPS; ++k) x = MAX ? larger(parts[k * WARP + lane], x) : x + parts[k * WARP + lane];
       if (MAX) {
-        g.s.c[bj] = T(x);
+        const bool early = fabs(x) < LARGEST_EARLY<T>;
+        g.s.c[bj] = early ? T(x) : T(0);
+        g.s.late[bj] = early ? T(0) : T(x);
       } else {
         g.s.v[bj] = T(1 / x);
       }
@@ -149,36 +169,38 @@ __device__ void combine(const Problems<T>& g) {
 }
 
 // u_i = 1 / sum_j E_ij v_j, a row that vanishes being rebuilt first; partial_j = sum_i u_i E_ij over the chunk.
-// At the end of a group f_i takes log2 u_i.
+// Before another group or pass f_i takes log2 u_i - g_i.
 template <typename T>
-__device__ void sweep(const Problems<T>& g, const Weights<T>& w, bool end_of_group) {
+__device__ void sweep(const Problems<T>& g, const Weights<T>& w, bool complete) {
   T* u = shared_memory<T>();  // [CUDA_CHUNK]
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const int64_t N = g.a.N;
   for (int64_t item = blockIdx.x; item < g.count() * g.s.chunks; item += gridDim.x) {
     const int64_t b = item / g.s.chunks, first = item % g.s.chunks * CUDA_CHUNK;
     const int rows = g.a.M - first < CUDA_CHUNK ? g.a.M - first : CUDA_CHUNK;
-    const T *v = g.s.v + b * N, *c = g.s.c + b * N;
+    const T* v = g.s.v + b * N;
     if (warp < rows) {
       const Row<T> row = row_of(g, w, b, first + warp);
-      T sum = 0, f = *row.f;
+      const T f = *row.f;
+      T sum = 0;
       for (int64_t j = lane; j < N; j += WARP) sum += row.E[j] * v[j];
       sum = warp_sum(sum);
       if (sum < T(REBUILD)) {
         T top = -INFINITY;
-        for (int64_t j = lane; j < N; j += WARP) top = larger(exponent(w, row, j, f - c[j]), top);
-        f -= warp_max(top);
+        for (int64_t j = lane; j < N; j += WARP) top = larger(below(w, row, j, f, column_of(g, b, j)), top);
+        top = warp_max(top);
         sum = 0;
         for (int64_t j = lane; j < N; j += WARP) {
-          const T e = power(exponent(w, row, j, f - c[j]));
+          const T e = power(below(w, row, j, f, column_of(g, b, j)) - top);
           row.E[j] = e;
           sum += e * v[j];
         }
         sum = warp_sum(sum);
+        if (lane == 0) *row.g = top;
       }
       if (lane == 0) {
         *row.u = u[warp] = 1 / sum;
-        *row.f = end_of_group ? f + log2(1 / sum) : f;
+        if (complete) *row.f = f + (log2(1 / sum) - *row.g);
       }
     }
     __syncthreads();
@@ -203,17 +225,18 @@ __device__ void exchange(const Problems<T>& g, const Weights<T>& w) {
   }
 }
 
-// E_ij = log D_ij = ln 2 (x_ij - c_j + log2 v_j), f_i being complete
+// E_ij = log D_ij = ln 2 (x_ij - c_j - g_i + log2 u_i + log2 v_j)
 template <typename T>
 __device__ void take_log(const Problems<T>& g, const Weights<T>& w) {
   for (int64_t item = blockIdx.x; item < g.count() * g.s.chunks; item += gridDim.x) {
     const int64_t b = item / g.s.chunks, first = item % g.s.chunks * CUDA_CHUNK;
     const int rows = g.a.M - first < CUDA_CHUNK ? g.a.M - first : CUDA_CHUNK;
     for (int64_t j = threadIdx.x; j < g.a.N; j += THREADS) {
-      const T shift = log2(g.s.v[b * g.a.N + j]) - g.s.c[b * g.a.N + j];
+      const Column<T> c = column_of(g, b, j);
+      const T v = log2(g.s.v[b * g.a.N + j]);
       for (int k = 0; k < rows; ++k) {
         const Row<T> row = row_of(g, w, b, first + k);
-        row.E[j] = T(LN2) * exponent(w, row, j, *row.f + shift);
+        row.E[j] = T(LN2) * ((below(w, row, j, *row.f, c) - *row.g) + (log2(*row.u) + v));
       }
     }
   }
@@ -222,7 +245,7 @@ __device__ void take_log(const Problems<T>& g, const Weights<T>& w) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Assignment: the sequence, as one launch or as many
 // ---------------------------------------------------------------------------------------------------------------------
-enum class Phase { column_max, combine_max, exponentiate, combine_sum, sweep, sweep_and_end, exchange, take_log };
+enum class Phase { column_max, combine_max, exponentiate, combine_sum, sweep, sweep_and_complete, exchange, take_log };
 
 template <typename T>
 __device__ void do_phase(Phase phase, const Problems<T>& g, const Weights<T>& w) {
@@ -232,7 +255,7 @@ __device__ void do_phase(Phase phase, const Problems<T>& g, const Weights<T>& w)
     case Phase::exponentiate: return exponentiate(g, w);
     case Phase::combine_sum: return combine<false>(g);
     case Phase::sweep: return sweep(g, w, false);
-    case Phase::sweep_and_end: return sweep(g, w, true);
+    case Phase::sweep_and_complete: return sweep(g, w, true);
     case Phase::exchange: return exchange(g, w);
     case Phase::take_log: return take_log(g, w);
   }
@@ -253,8 +276,8 @@ BOTH void each_phase(const AssignArgs<T>& a, const Run& run) {
         run(Phase::exponentiate, w);
       }
       run(Phase::combine_sum, w);  // prototypes
-      const bool end = round % GROUP == GROUP - 1 || round == a.iters - 1;
-      run(end ? Phase::sweep_and_end : Phase::sweep, w);  // samples
+      const bool complete = round < a.iters - 1 ? round % GROUP == GROUP - 1 : pass == 0;
+      run(complete ? Phase::sweep_and_complete : Phase::sweep, w);  // samples
     }
   }
 }
@@ -292,7 +315,7 @@ __device__ T target(const LossArgs<T>& a, int64_t view, int64_t k, int64_t i, in
   return a.solved.u[row] * a.solved.E[row * a.N + j] * a.solved.v[b * a.N + j];
 }
 
-// As in cpu.cpp: with t = sum of D over the assigning crops but this one,
+// As in cpu_loss.cpp: with t = sum of D over the assigning crops but this one,
 //   loss += sum(t) (max / tau + log sum exp((S - max) / tau)) - <t, S> / tau,   dloss/dS = (sum(t) softmax - t) / tau
 template <typename T>
 __global__ void __launch_bounds__(THREADS) sample_loss(LossArgs<T> a, bool in_shared) {

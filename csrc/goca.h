@@ -1,4 +1,5 @@
-// What bindings.cpp hands to the kernels (cpu.cpp, cuda.cu): raw pointers, sizes and numbers, nothing of torch.
+// What bindings.cpp hands to the kernels (cpu_assign.cpp, cpu_loss.cpp, cuda.cu): pointers, sizes and numbers, nothing
+// of torch.
 //
 // Both devices run the same algorithm. Everything lives in base 2, where exp2 is cheapest. One problem is one crop of
 // one view, its logarithm of K (Eq. 10)
@@ -7,22 +8,27 @@
 //
 // and rounds are done in groups of up to GROUP = 3:
 //
-//   first round, log domain   c_j = max_i x_ij;  E_ij = exp2(x_ij - c_j)
+//   first round, log domain   c_j = max_i x_ij;  E_ij = exp2(x_ij - c_j);  g_i = 0
 //                             v_j = 1 / sum_i E_ij;      u_i = 1 / sum_j E_ij v_j
 //   next two, by products     v_j = 1 / sum_i u_i E_ij;  u_i = 1 / sum_j E_ij v_j
-//   then                      f_i += log2 u_i, and the next group starts from S again, exact in the log domain
+//   then                      f_i += log2 u_i - g_i, and the next group starts from S again, exact in the log domain
 //
-// so that D_ij = u_i E_ij v_j and log2 D_ij = x_ij - c_j + log2 u_i + log2 v_j, without a logarithm of a rounded D.
-// One exponential an entry and group; three rounds are one group.
+// so that D_ij = u_i E_ij v_j and log2 D_ij = (x_ij - c_j - g_i) + log2 u_i + log2 v_j, without a logarithm of a rounded
+// D, and with the very exponent that E was made of: rows sum to 1 whatever the size of x. One exponential an entry and
+// group; three rounds are one group.
 //
 // Why nothing under- or overflows. Each column of E has an entry 1, so sum_i E_ij lies in [1, M] and v_j in [1/M, 1]. A
 // sample that no column likes has a tiny row; where sum_j E_ij v_j < REBUILD, its row is rebuilt with the row's own
-// maximum taken off too (and remembered in f_i): then its sum lies in [1/M, N]. So after the first round u_i <=
-// 1/REBUILD, and what was flushed to zero (below 1e-38 in float32) held less than 1e-26 of its row. Call A_ij = u_i
-// E_ij v_j: its rows sum to 1. Every column has an i with E_ij v_j >= 1/M, and u_i >= 1/N, so each column of A sums to
-// a number in [1/(MN), M]: the second round's factors lie there too. By then columns sum to 1, each entry is at most 1,
-// rows sum to [1/M, N], and the columns after that to [1/N, M]. Two rounds of products can so lift a flushed entry by
-// no more than (MN)^2: 1e-12 of its row at M = N = 3000. A third would add another MN; therefore groups.
+// maximum g_i taken off too: then its sum lies in [1/M, N]. So after the first round u_i <= 1/REBUILD, and what was
+// flushed to zero (below 1e-38 in float32) held less than 1e-26 of its row. Call A_ij = u_i E_ij v_j: its rows sum to
+// 1. Every column has an i with E_ij v_j >= 1/M, and u_i >= 1/N, so each column of A sums to a number in [1/(MN), M]:
+// the second round's factors lie there too. By then columns sum to 1, each entry is at most 1, rows sum to [1/M, N],
+// and the columns after that to [1/N, M]. Two rounds of products can so lift a flushed entry by no more than (MN)^2:
+// 1e-12 of its row at M = N = 3000. A third would add another MN; therefore groups.
+//
+// Where x is large, c_j is a rounded number, and x_ij - c_j, exact as fused operations are, is half its last place away
+// from 0 at the column's maximum. That cancels with v_j, unless it is a power of two that E can't hold: from
+// LARGEST_EARLY on c_j is taken off last, from x_ij rounded as it was when the maximum was found (`late`; else 0).
 //
 // Why the row factor counts. A factor on a column of K vanishes in the first half round. A factor on a row does not
 // within a few rounds (the trap of a maximum a sample): so the prior enters with its row potential f' but without its
@@ -39,6 +45,8 @@
 namespace goca {
 
 constexpr int GROUP = 3;  // rounds between two visits to the log domain
+template <typename T>
+constexpr T LARGEST_EARLY = sizeof(T) == 4 ? T(1 << 27) : T(int64_t(1) << 56);  // half its last place: 8
 constexpr double REBUILD = 1e-12, LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 
 // A stack of matrices [views, crops, rows, N], the last dimension contiguous; strides in elements.
@@ -63,10 +71,12 @@ struct AssignArgs {
 template <typename T>
 struct Solved {
   T* E;           // [B, M, N]
-  T* f;           // [B, M] log2 of the row's factor in E
+  T* f;           // [B, M] log2 of the row's factor in x
+  T* g;           // [B, M]
   T* u;           // [B, M]
   T* v;           // [B, N]
-  T* c;           // [B, N]
+  T* c;           // [B, N]; where it is large 0, and it is in
+  T* late;        // [B, N]
   T* partial;     // [B, chunks, N] a partial column maximum or sum for each chunk of rows
   int64_t chunk;  // rows of one; fixed by the device, so that sums never depend on who computes them
   int64_t chunks;
@@ -75,13 +85,13 @@ struct Solved {
 constexpr int64_t CPU_CHUNK = 32, CUDA_CHUNK = 8;
 
 inline int64_t potentials_size(int64_t B, int64_t M, int64_t N, int64_t chunk) {  // all but E
-  return B * (2 * M + 2 * N + (M + chunk - 1) / chunk * N);
+  return B * (3 * M + 3 * N + (M + chunk - 1) / chunk * N);
 }
 
 template <typename T>
 Solved<T> lay_out(T* E, T* rest, int64_t B, int64_t M, int64_t N, int64_t chunk) {
-  T *u = rest + B * M, *v = u + B * M, *c = v + B * N;
-  return {E, rest, u, v, c, c + B * N, chunk, (M + chunk - 1) / chunk};
+  T *g = rest + B * M, *u = g + B * M, *v = u + B * M, *c = v + B * N, *late = c + B * N;
+  return {E, rest, g, u, v, c, late, late + B * N, chunk, (M + chunk - 1) / chunk};
 }
 
 template <typename T>

@@ -24,7 +24,7 @@ import sys
 import torch
 
 import goca
-from data import atomic, check_writable, command_line
+from data import BadInput, atomic, check_writable, command_line
 from experiments.bench_data import loader
 from experiments.bench_evaluation import evaluation
 from experiments.bench_flow import flow
@@ -73,15 +73,17 @@ ROWS = {"operator": operator, "step": step, "loader": loader, "prototypes": prot
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__.split("\n")[0])
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"from: {' '.join(ROWS)} (default: all)")
     parser.add_argument("--json", metavar="FILE", help="write the rows as a JSON list")
     parser.add_argument("--videos", metavar="DIR", help="real films for the rows that read some (default: generated)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="(default: %(default)s)")
     args = parser.parse_args()
     if unknown := set(args.rows) - set(ROWS):
         parser.error(f"no such row: {', '.join(sorted(unknown))}; there are: {' '.join(ROWS)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: torch sees no NVIDIA GPU here")
     if args.json:
         check_writable(args.json, "--json")
     rows = []

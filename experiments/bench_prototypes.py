@@ -66,7 +66,7 @@ def prototypes(device, videos):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m experiments.bench_prototypes", description=__doc__.split("\n")[0])
     p.add_argument("--num", type=int, nargs="+", default=[300, 1000, 3000, 10_000])
     p.add_argument("--dim", type=int, nargs="+", default=[64, 128, 256, 512])
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -24,7 +24,7 @@ import torch
 
 import data
 from experiments.paper import LAMBDA_GRID, LAMBDAS, TABLES
-from experiments.tables import collect, load, ours
+from experiments.tables import SAME, collect, load, ours
 from features import view_matrix
 
 matplotlib.use("Agg")
@@ -133,15 +133,22 @@ def middle_frame(path):
     return frames[len(frames) // 2][..., ::-1]
 
 
-def load_retrieval(path):
-    try:
-        out = json.loads(Path(path).read_text())
-        out["neighbours"], out["queries"], out["gallery"], out["classes"], out["protocol"]
-        return out
-    except FileNotFoundError:
-        raise data.BadInput(f"{path} doesn't exist; make it with: python evaluate.py retrieval --json FILE") from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise data.BadInput(f"{path} is no result of: python evaluate.py retrieval --json ({e})") from e
+def of_split(path, split, command="retrieval"):
+    """A result of evaluate.py on one split: that which is asked for, or the first in the file."""
+    out = load(path, command)
+    held = out.get("splits", {str(out["protocol"].get("split")): out})
+    name = next(iter(held)) if split is None else str(split)
+    if name not in held:
+        raise data.BadInput(f"{path} holds no split {name}; it holds {', '.join(held)}")
+    own = held[name]
+    return {**own, "protocol": {**out["protocol"], **own.get("protocol", {}), "split": name}}
+
+
+def load_retrieval(path, split):
+    out = of_split(path, split)
+    if lacking := {"neighbours", "queries", "gallery", "classes"} - out.keys():
+        raise data.BadInput(f"{path} is no result of: python evaluate.py retrieval --json (no {sorted(lacking)[0]})")
+    return out
 
 
 def tile(axis, video, classes, right=None):
@@ -157,12 +164,16 @@ def tile(axis, video, classes, right=None):
 
 def retrieval(args):
     """Rows: queries of different classes. Columns: the query, then each network's nearest videos."""
-    results = [load_retrieval(f) for f in (args.json, args.versus) if f]
+    results = [load_retrieval(f, args.split) for f in (args.json, args.versus) if f]
     for r in results:
         if args.view not in r["neighbours"]:
             raise data.BadInput(f"there is no view {args.view} in it; it holds {', '.join(r['neighbours'])}")
         if [q["path"] for q in r["queries"]] != [q["path"] for q in results[0]["queries"]]:
             raise data.BadInput(f"{args.json} and {args.versus} answer different queries")
+        for k in SAME:
+            values = [x["protocol"].get(k) for x in (results[0], r)]
+            if values[0] != values[1]:
+                raise data.BadInput(f"{args.json} and {args.versus} can't be compared: {k} {values[0]} and {values[1]}")
     queries, classes = results[0]["queries"], results[0]["classes"]
     by_class = {}
     for i in np.random.default_rng(args.seed).permutation(len(queries)):  # chance decides, not the outcome
@@ -256,14 +267,14 @@ def features(args):
 def confusion(args):
     """Rows: classes. Columns: what was said, in percent of the row. Two panels for two results."""
     files = [f for f in (args.json, args.versus) if f]
-    results = [load(f, "linear|finetune|retrieval") for f in files]
+    results = [of_split(f, args.split, "linear|finetune|retrieval") for f in files]
     n = len(results[0].get("classes", ()))
     side = min(14, 2.5 + 0.42 * n)
     figure, axes = plt.subplots(1, len(files), figsize=((side + 1) * len(files), side), squeeze=False)
     for axis, out, file in zip(axes.flat, results, files, strict=True):
         if args.view not in out["results"] or "queries" not in out:
             raise data.BadInput(f"{file} has no single videos of view {args.view}: it takes the result of retrieval, "
-                                f"linear or finetune on one split")
+                                f"linear or finetune")
         truth = np.array([q["label"] for q in out["queries"]])
         if "predictions" in out:
             said = np.array(out["predictions"][args.view])
@@ -291,7 +302,8 @@ def confusion(args):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="Draw figures from the files that the stages wrote.")
+    p = argparse.ArgumentParser(prog="python -m experiments.figures",
+                                description="Draw figures from the files that the stages wrote.")
     commands = p.add_subparsers(dest="command", required=True)
     c = commands.add_parser("prototypes", help="Fig. 3")
     c.add_argument("--prototypes", required=True)
@@ -322,6 +334,8 @@ def main(argv=None):
     c.add_argument("--versus", help="another such result")
     c.add_argument("--view", default="rgb", choices=("rgb", "flow", "rgb+flow"))
     c.set_defaults(draw=confusion)
+    for name in ("retrieval", "confusion"):
+        commands.choices[name].add_argument("--split", type=int, help="of a result on several (default: the first)")
     for c in commands.choices.values():
         c.add_argument("--out", required=True, help="picture to write")
     args = p.parse_args(argv)

@@ -155,7 +155,7 @@ def model(messages, worlds=(8, 64, 512)):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m experiments.scaling", description=__doc__.split("\n")[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="to measure here")
     parser.add_argument("--json", metavar="FILE", help="write messages and both tables")
     args = parser.parse_args()

@@ -310,7 +310,8 @@ def show(args):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="The tables of the paper, theirs beside ours.")
+    p = argparse.ArgumentParser(prog="python -m experiments.tables",
+                                description="The tables of the paper, theirs beside ours.")
     commands = p.add_subparsers(dest="command", required=True)
     c = commands.add_parser("run", help="pre-train and evaluate what tables need",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)

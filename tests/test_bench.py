@@ -57,6 +57,13 @@ def test_prototypes_are_measured():
     assert m["construction"] == "simplex" and m["mean"] == m["max"] == pytest.approx(-1 / 7, abs=1e-4)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench", "operator", "--device", "cuda"])
+    with pytest.raises(data.BadInput, match="--device cuda: torch sees no NVIDIA GPU"):
+        experiments.bench.main()
+
+
 def test_rows_are_printed_and_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiments.bench, "ROWS", {"x": lambda device, videos: [row("x", "a case", device, 6.0, 2.0,
                                                                                       1.0)]})

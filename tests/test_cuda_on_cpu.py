@@ -5,16 +5,15 @@ that the order in which threads run changes no bit. Not checked, for it needs a 
 """
 
 import ctypes
+import itertools
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import cuda_on_cpu
 
 import goca
 
-HERE = Path(__file__).parent
 TYPES = {torch.float32: ("f32", 1e-5), torch.float64: ("f64", 1e-12)}
 ONE_LAUNCH, MANY_LAUNCHES = 1 << 30, 0  # bytes of L2 cache, which decide
 
@@ -52,14 +51,8 @@ class Card:
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    if not shutil.which("g++"):
-        pytest.skip("no g++ to compile the kernels with")
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    run = subprocess.run(["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-fno-gnu-unique", "-U_FORTIFY_SOURCE", "-w",
-                          f"-I{HERE / 'cuda_on_cpu'}", f"-I{HERE.parent / 'csrc'}",
-                          str(HERE / "cuda_on_cpu" / "run.cpp"), "-o", str(folder / "kernels.so")],
-                         capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    cuda_on_cpu("run.cpp", folder / "kernels.so")
     return folder
 
 
@@ -101,6 +94,16 @@ def test_rounds_and_rows_that_are_rebuilt(card, iters):
         expected = goca.guided_assign(s, lambda1, 0.8 * lambda1, iters, impl="reference").exp()
         torch.testing.assert_close(card.assign(s, lambda1=lambda1, lambda2=0.8 * lambda1, iters=iters).exp(), expected,
                                    rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e6, 1e9, 1e33])
+def test_scores_of_any_size(card, scale):
+    g = torch.Generator().manual_seed(0)
+    s = torch.randn(2, 1, 21, 40, generator=g) * scale  # nearly all rows are rebuilt
+    expected = goca.assign(s.double(), impl="reference").exp()
+    torch.testing.assert_close(card.assign(s, guided=0).double().exp(), expected, rtol=0, atol=1e-5)
+    for guided, iters in itertools.product((0, 1), (3, 4)):
+        assert (card.assign(s, guided=guided, iters=iters).double().exp().sum(-1) - 1).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(("crops", "assigning", "m", "n"), [

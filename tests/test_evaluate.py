@@ -343,3 +343,22 @@ def test_bad_input_gets_a_sentence(tiny, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"rubbish")
     with pytest.raises(data.BadInput, match="damaged or no checkpoint"):
         command(tiny, "retrieval", "--checkpoint", str(tmp_path))
+
+
+def test_both_lists_are_read_before_features_are_made(tiny, monkeypatch, tmp_path):
+    """A folder without test videos is said at once, not after hours."""
+    (tmp_path / "train").symlink_to(tiny.videos)
+    monkeypatch.setattr(evaluate, "features", lambda *_: pytest.fail("extracted"))
+    with pytest.raises(data.BadInput, match="test"):
+        evaluate.evaluate(evaluate.arguments(["retrieval", *UNTRAINED, "--dataset", "folder", "--videos", str(tmp_path),
+                                              "--flow", str(tiny.flow)]))
+
+
+def test_no_file_of_features_of_nothing(tiny, tmp_path, monkeypatch, capsys):
+    def decode(*_):
+        raise data.BadInput("no video")
+
+    monkeypatch.setattr(data, "frames_at", decode)
+    with pytest.raises(data.BadInput, match="none of the 20 split1-train videos can be read; the first: no video"):
+        command(tiny, "features", *UNTRAINED, "--features", str(tmp_path / "f"), "--workers", "0")
+    assert "written" not in capsys.readouterr().out and not list((tmp_path / "f").glob("*.npz"))

@@ -8,6 +8,7 @@ import math
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -296,7 +297,10 @@ BAD = {  # name of the argument that the message must begin with -> calls
         partial(goca.assign, S[0, 0, 0]),
         *(partial(f, x) for f in ALL[1:] for x in (S[0], S[:1])),
         partial(goca.swapped_loss, S[0], T), partial(goca.swapped_loss, S[:, :1], T[:, :1]),
-        partial(goca.guided_loss, S[:, :1], n_assign=1), partial(goca.guided_loss, S[:, :0])],
+        partial(goca.guided_loss, S[:, :1], n_assign=1), partial(goca.guided_loss, S[:, :0]),
+        *(partial(f, S.float() * 1e37, lambda1=0.02) for f in ALL), *(partial(f, S, lambda1=1e-308) for f in ALL),
+        partial(goca.swapped_loss, -S.float() * 1e37, T.float(), 0.02),
+        partial(goca.guided_loss, S, temperature=1e-308)],
     "log_prior": [partial(goca.assign, S, log_prior=x) for x in (0, S[0], S.float(), S.to("meta"), NAN, INF)],
     "log_targets": [partial(goca.swapped_loss, S, x) for x in (
         None, T[0], T[..., :4], T[:, :, :3], T[:1], T[:, :0], torch.cat([T, T], 1), T.float(), T.to("meta"),
@@ -321,6 +325,12 @@ def test_bad_arguments_are_named(impl, name):
     for call in BAD[name]:
         with pytest.raises(ValueError, match=rf"^{name} must .*(got|infinite)"):
             call(impl=impl)
+
+
+def test_numbers_of_numpy_are_numbers(impl):
+    given = goca.guided_loss(S, n_assign=np.int64(2), lambda1=np.float32(0.02), lambda2=np.float64(0.03),
+                             iters=np.int32(3), temperature=np.float32(0.1), impl=impl)
+    torch.testing.assert_close(given, goca.guided_loss(S, impl=impl))
 
 
 def test_bad_impl():

@@ -4,6 +4,7 @@ whatever the processes, faults on the way, RGB from its store."""
 import json
 import os
 import re
+import signal
 import time
 
 import cv2
@@ -287,3 +288,54 @@ def test_pretraining_reads_the_store(tiny, tmp_path, capsys):
     assert "19 videos" in (said := capsys.readouterr().out) and "1 without flow or RGB" in said
     with pytest.raises(data.BadInput, match=r"is no rgb store .*--rgb"):
         test_pretrain.run(tiny, tmp_path / "other", *more, "--rgb", str(empty))
+
+
+def crashes(monkeypatch, name, does):
+    """Reading the film `name` does that; others are read."""
+    real = data.frames_at
+    monkeypatch.setattr(data, "frames_at", lambda path, wanted: does() if path.endswith(name) else real(path, wanted))
+
+
+def segfault():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def unreadable():
+    raise data.BadInput("no video")
+
+
+def test_a_film_that_crashes_its_reader_costs_its_samples_alone(films, monkeypatch):
+    """The batches are those in which it is just unreadable; it is named, and no process ends for it again."""
+    videos, flows = films
+    batches = data.Batches(6, 2, 3)
+
+    def clips():
+        return data.TrainClips(videos, flows, frames=6, short_frames=4, size=16)
+
+    crashes(monkeypatch, "c.avi", unreadable)
+    expected = list(DataLoader(clips(), batch_sampler=batches))
+    crashes(monkeypatch, "c.avi", segfault)
+    got = list(data.Loader(clips(), batches.after, 2))
+    assert len(got) == 9 and all(same(a, b) for a, b in zip(expected, got, strict=True))
+    said = {fault for batch in got for fault in batch["fault"]} - {""}
+    assert said == {f"{videos[2].path} ended the process that read it; convert it, or see whether memory ran out"}
+
+
+def test_a_test_film_that_crashes_its_reader_is_a_fault(films, monkeypatch):
+    videos, flows = films
+    crashes(monkeypatch, "b.avi", segfault)
+    clips = data.TestClips(videos, flows, frames=6, size=16)
+    own = [4, 1, 5]
+    items = list(data.Loader(clips, lambda done: {"sampler": own[done:], "batch_size": None}, 1))
+    assert [item["index"] for item in items] == own
+    assert "b.avi ended the process" in items[1]["fault"] and "fault" not in items[0] and "fault" not in items[2]
+
+
+def test_processes_that_all_end_are_not_the_films(films, monkeypatch):
+    videos, flows = films
+    crashes(monkeypatch, ".avi", segfault)
+    clips = data.TrainClips(videos * 4, flows, frames=6, n_short=0, size=16)
+    monkeypatch.setattr(data.Loader, "MOST", 1)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        list(data.Loader(clips, data.Batches(24, 12, 1).after, 1))
+    assert len(clips.ended) == 1  # at the second without a batch between it was over

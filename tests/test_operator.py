@@ -103,6 +103,21 @@ def test_rounds(device, iters):
                            reference(goca.guided_assign, s, iters=iters), 1e-11)
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 10.0**k) for k in (2, 5, 6, 7, 8, 12, 33)]
+                         + [(torch.float64, 10.0**k) for k in (8, 14, 15, 17, 30, 300)], ids=str)
+def test_scores_of_any_size(device, dtype, scale):
+    """D is right beyond where a number's last place is more than all of exp2's range, while one group of rounds starts
+    from the scores themselves; after that potentials as large are rounded, but rows sum to 1."""
+    g = torch.Generator().manual_seed(0)
+    s = (torch.randn(2, 2, 33, 50, generator=g, dtype=dtype) * scale).to(device)  # nearly all rows are rebuilt
+    assert_same_assignment(goca.assign(s, impl="compiled"), reference(goca.assign, s), 1e-5)
+    for function in (goca.assign, goca.guided_assign):
+        for iters in (3, 4):
+            rows = function(s, iters=iters, impl="compiled").double().exp().sum(-1)
+            assert (rows - 1).abs().max() < 1e-5
+    assert goca.guided_loss(s, impl="compiled").isfinite()
+
+
 @pytest.mark.parametrize("iters", [3, 8])
 @pytest.mark.parametrize(("dtype", "lambda1", "atol"), [
     (torch.float64, 0.02, 1e-12), (torch.float64, 0.001, 1e-10), (torch.float64, 0.0002, 1e-10),
@@ -312,7 +327,7 @@ def test_processes_equal_one_process_on_the_whole_batch(rows, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on the PATH")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_cuda_kernels_compile_without_torch(arch, tmp_path):
+def test_nvcc_compiles_the_kernels_without_torch(arch, tmp_path):
     run = subprocess.run(["nvcc", "-std=c++17", "-O3", "-cubin", f"-arch={arch}", "-Xptxas", "-v", "-o",
                           str(tmp_path / "cuda.cubin"), str(ROOT / "csrc" / "cuda.cu")], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

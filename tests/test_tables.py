@@ -165,3 +165,31 @@ def test_pictures_of_lambda_features_and_confusion(tmp_path):
     picture(out)
     with pytest.raises(data.BadInput, match="no single videos of view flow"):
         figures.main(["confusion", "--json", str(said), "--view", "flow", "--out", out])
+
+
+def test_pictures_of_one_split_of_several(tmp_path, monkeypatch):
+    """As evaluate.py writes it: results are means, single videos lie under their split."""
+    drawn = []
+    monkeypatch.setattr(figures, "tile", lambda axis, video, classes, right=None: drawn.append(video["path"]))
+
+    def on(split):
+        videos = [{"path": f"{split}{c}", "label": i} for i, c in enumerate("ab")]
+        return {"results": {"rgb": {"R@1": 50.0}}, "classes": ["a", "b"], "queries": videos, "gallery": videos,
+                "neighbours": {"rgb": [[0, 1], [0, 1]]}, "predictions": {"rgb": [0, 0]}}
+
+    several = {k: on(k) for k in "23"}
+    file = result(tmp_path, "x", 0, 50, splits=several)
+    out = str(tmp_path / "p.png")
+    for more, split in (([], "2"), (["--split", "3"], "3")):
+        for command in ("retrieval", "confusion"):
+            figures.main([command, "--json", str(file), "--out", out, *more])
+            picture(out)
+        assert {path[0] for path in drawn} == {split}
+        drawn.clear()
+    with pytest.raises(data.BadInput, match="holds no split 1; it holds 2, 3"):
+        figures.main(["confusion", "--json", str(file), "--split", "1", "--out", out])
+    other = json.loads(file.read_text())
+    other["protocol"]["fusion"] = "similarity"
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(data.BadInput, match="can't be compared: fusion"):
+        figures.main(["retrieval", "--json", str(file), "--versus", str(tmp_path / "other.json"), "--out", out])

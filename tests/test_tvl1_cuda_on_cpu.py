@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import cuda_on_cpu
 from test_tvl1 import MOTIONS, moved, texture
 
 import goca
@@ -24,13 +25,8 @@ FEW = dict(inner=6, outer=2, warps=2)  # a fibre a thread is slow
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    if not shutil.which("g++"):
-        pytest.skip("no g++ to compile the kernels with")
     path = tmp_path_factory.mktemp("tvl1_cuda_on_cpu") / "kernels.so"
-    done = subprocess.run(["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-fno-gnu-unique",
-                           "-U_FORTIFY_SOURCE", "-w", f"-I{HERE / 'cuda_on_cpu'}", f"-I{HERE.parent / 'csrc'}",
-                           str(HERE / "cuda_on_cpu" / "run_tvl1.cpp"), "-o", str(path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    cuda_on_cpu("run_tvl1.cpp", path, "-ffp-contract=off")
     library = ctypes.CDLL(str(path))
     library.blocks.restype = ctypes.c_int64
     return library
