@@ -20,7 +20,7 @@ from tqdm import tqdm
 import data
 import model
 from features import fingerprint, in_batches, mean_over_views
-from training import Stop, synchronise_batch_norm
+from training import Agreement, Stop, synchronise_batch_norm
 
 
 class Recipe(NamedTuple):
@@ -186,7 +186,7 @@ def fit_clips(net, views, found, store, recipe, s, settings, frozen, what, devic
         ddp = nn.parallel.DistributedDataParallel(classifier, broadcast_buffers=False,
                                                   device_ids=[device] if device.type == "cuda" else None)
     ddp.train()
-    skipped = set()
+    skipped, agree = set(), Agreement(device, world)
     with Stop() as stop, tqdm(total=total, initial=step, desc=what, unit="step", mininterval=1,
                               disable=rank > 0) as progress:
         for batch in loader:
@@ -204,7 +204,7 @@ def fit_clips(net, views, found, store, recipe, s, settings, frozen, what, devic
                 history.append({"epoch": step // per_epoch, "loss": running[0] / running[1], "lr": lr})
                 progress.set_postfix(epoch=step // per_epoch, loss=history[-1]["loss"])
                 running = [0.0, 0]
-            asked = stop.asked(device, world)
+            asked, = agree(stop.signal)
             if (ending or asked) and rank == 0:
                 data.save_checkpoint(path, {"settings": settings, "step": step, "model": classifier.state_dict(),
                                             "optimizer": optimizer.state_dict(), "history": history,

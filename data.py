@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from checkpoints import last_checkpoint, load_checkpoint, save_checkpoint, save_run  # noqa: F401  (likewise)
 from loader import Clips, Loader, keep_memory, start_worker  # noqa: F401  (for those who read clips)
 from stores import (  # noqa: F401  (the stages' door to the file formats)
     BOUND,
@@ -34,18 +35,15 @@ from stores import (  # noqa: F401  (the stages' door to the file formats)
     FlowStore,
     Help,
     RgbStore,
+    Unreadable,
     atomic,
     check_writable,
     command_line,
     dequantise,
-    last_checkpoint,
     load_arrays,
-    load_checkpoint,
     quantise,
     rgb_settings,
     save_arrays,
-    save_checkpoint,
-    save_run,
     say,
     shrink,
     write_avi,

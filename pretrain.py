@@ -16,9 +16,11 @@ the README lists what the paper leaves open and what was chosen.
 """
 
 import argparse
+import hashlib
 import math
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -29,25 +31,30 @@ from torch import nn
 import data
 import goca
 import model
+from checkpoints import last_checkpoint, lock, resume
 from training import (
     LARS,
     LOST,
+    Agreement,
     Log,
     Stop,
+    Timer,
     Watchdog,
+    alike,
+    check_same,
     commit,
+    cores_for_one,
     drop_if_not_finite,
+    everywhere,
+    from_first,
     gather_rows,
     is_lost,
     learning_rate,
+    leaving,
     place,
     start_processes,
     synchronise_batch_norm,
 )
-
-# settings that may change on resume
-FREE = {"device", "workers", "cache", "log_every", "save_every", "videos", "splits", "flow", "rgb", "prototypes", "out",
-        "index", "time_limit", "max_faults", "keep", "plan", "compile", "recompute", "timeout", "tensorboard"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,35 +143,6 @@ def make_optimizer(net, s):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Resume
-# ---------------------------------------------------------------------------------------------------------------------
-def resume(out, settings, net, optimizer, say):
-    """Continue from the run's last good checkpoint -> the next step, the log's state; says which settings changed.
-
-    Raises BadInput where they do not allow it.
-    """
-    state = data.last_checkpoint(out)
-    if state is None:
-        return 0, None
-    old = state["settings"]
-    changed = {k: (old[k], v) for k, v in settings.items() if k in old and old[k] != v}
-    # a process's share of the same whole batch is free, where batch norm does not tell
-    free = FREE | {"batch_size"} if settings["sync_batch_norm"] and "global_batch" not in changed else FREE
-    broken = {k: v for k, v in changed.items() if k not in free}
-    if broken:
-        what = ", ".join(f"{k} {a} -> {b}" for k, (a, b) in broken.items())
-        raise data.BadInput(f"{out} was trained with other settings ({what}); give another --out, or these as before")
-    if state["model"]["prototypes"].shape != net.prototypes.shape:
-        raise data.BadInput(f"{out} was trained with prototypes {list(state['model']['prototypes'].shape)}, but "
-                            f"--prototypes {settings['prototypes']} holds {list(net.prototypes.shape)}")
-    if changed:
-        say(f"changed since the run began: {', '.join(f'{k} {a} -> {b}' for k, (a, b) in changed.items())}")
-    net.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state.get("log")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
 def rate_rule(s, batch):
@@ -201,29 +179,34 @@ def out_of_memory(s, error):
 def train(s):
     """Pre-train with settings `s` (see `arguments`) -> exit status: 0 done, 128 + signal if asked to stop, LOST where
     other processes ended or hung."""
-    try:
-        return train_in(*start_processes(s), s)
-    except (RuntimeError, MemoryError) as e:
-        if sentence := out_of_memory(s, e):
-            raise data.BadInput(sentence) from e
-        rank, world = place()
-        if world == 1 or not is_lost(e):
-            raise
-        why = (str(e).strip().splitlines() or [""])[0].split(". This is typically")[0]  # gloo's advice
-        print(f"error: process {rank} lost the others ({why}): one ended, or hung for longer than --timeout "
-              f"{s.timeout:g} s; look for its message. The same command continues from the last checkpoint",
-              file=sys.stderr, flush=True)
-        return LOST
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with leaving():
+        try:
+            device, rank, world = start_processes(s)
+            mine = rank == 0 and not s.plan
+            with everywhere(lambda: lock(Path(s.out), patience(s)) if mine else nullcontext()):
+                return train_in(device, rank, world, s)
+        except (RuntimeError, MemoryError) as e:
+            if sentence := out_of_memory(s, e):
+                raise data.BadInput(sentence) from e
+            rank, world = place()
+            if world == 1 or not is_lost(e):
+                raise
+            why = (str(e).strip().splitlines() or [""])[0].split(". This is typically")[0]  # gloo's advice
+            print(f"error: process {rank} lost the others ({why}): one ended, or hung for longer than --timeout "
+                  f"{s.timeout:g} s; look for its message. The same command continues from the last checkpoint",
+                  file=sys.stderr, flush=True)
+            sys.exit(LOST)
 
 
-def train_in(device, rank, world, s):
-    """`train` in a process of a group."""
-    out = Path(s.out)
+def patience(s):
+    """Seconds to wait for another run in --out: one that is started again may find its own last processes there."""
+    again = os.environ.get("SLURM_RESTART_COUNT", "0"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return min(120, s.timeout) if any(count != "0" for count in again) else 0
 
-    # --- data -------------------------------------------------------------------------------------------------------
+
+def read_data(s):
+    """The training set of settings `s` -> FlowStore, VideoSet, its videos with flow (and RGB), their TrainClips, and
+    the prototypes [N, d]. Raises BadInput."""
     store, rgb = data.FlowStore(s.flow), data.RgbStore(s.rgb) if s.rgb else None
     found = data.read_split(s.dataset, s.videos, s.splits, s.split, "train", s.index)
     videos = [v for v in found.videos if v.name in store and (rgb is None or v.name in rgb)]
@@ -234,10 +217,27 @@ def train_in(device, rank, world, s):
     clips = data.TrainClips(videos, store, frames=s.frames, short_frames=s.short_frames, n_short=s.short_crops,
                             size=s.size, stride=s.stride, scale=tuple(s.scale), seed=s.seed, cache=s.cache,
                             time_limit=s.time_limit, rgb=rgb)
+    _, arrays = data.load_arrays(s.prototypes, "prototypes", f"python prototypes.py --out {s.prototypes}")
+    return store, found, videos, clips, torch.from_numpy(arrays["prototypes"])
+
+
+def decisive(s, settings, videos, prototypes):
+    """What all processes must have alike -> dict of plain values."""
+    own = {"device", "workers", "cache", "videos", "splits", "flow", "rgb", "prototypes", "out", "index"}
+    lists = {"list of videos": "\n".join(v.name for v in videos).encode(), "prototypes": prototypes.numpy().tobytes()}
+    return {**{k: v for k, v in settings.items() if k not in own},
+            **{k: hashlib.sha256(content).hexdigest()[:12] for k, content in lists.items()}}
+
+
+def train_in(device, rank, world, s):
+    """`train` in a process of a group."""
+    out = Path(s.out)
+
+    # --- data -------------------------------------------------------------------------------------------------------
+    store, found, videos, clips, prototypes = everywhere(lambda: read_data(s))
 
     # --- network ----------------------------------------------------------------------------------------------------
-    _, arrays = data.load_arrays(s.prototypes, "prototypes", f"python prototypes.py --out {s.prototypes}")
-    core = model.two_view(vars(s), torch.from_numpy(arrays["prototypes"]))
+    core = model.two_view(vars(s), prototypes)
     core = core.to(device, memory_format=torch.channels_last_3d)
     for backbone in core.backbones.values():
         backbone.recompute = s.recompute
@@ -247,10 +247,10 @@ def train_in(device, rank, world, s):
     settings = {**vars(s), "global_batch": s.batch_size * world, "flow_header": store.header,
                 "train_videos": len(videos)}
     say = print if rank == 0 else lambda *_: None
-    if rank == 0:
-        for left in out.glob(".tmp-*"):  # by a process that was killed while it wrote
-            left.unlink(missing_ok=True)
-    step, log_state = resume(out, settings, core, optimizer, say)
+    check_same(decisive(s, settings, videos, prototypes))
+    # one process reads: another may see the files of a moment ago, or none
+    step, log_state = everywhere(lambda: resume(from_first(lambda: last_checkpoint(out, None if s.plan else s.keep)),
+                                                out, settings, core, optimizer, say))
     batches = data.Batches(len(videos), s.batch_size, s.epochs, s.seed, rank, world, start=step, keep_last=s.keep_last)
     per_epoch, total = batches.steps_per_epoch, batches.steps_per_epoch * s.epochs
     # one pass over the batches of all epochs: the workers live as long as the run, each two batches ahead
@@ -270,7 +270,8 @@ def train_in(device, rank, world, s):
     rest = f"and one of {batches.rest}" if batches.rest else f"{len(videos) % batch} videos left out of each"
     say(f"{s.method} on {s.dataset} in {s.videos}: {len(videos)} videos ({len(found.absent)} listed but absent, "
         f"{len(found.faulty)} that do not decode, {len(found.videos) - len(videos)} without "
-        f"flow{' or RGB' if rgb else ''}); both views of {crops_of(s)}\n"
+        f"flow{' or RGB' if s.rgb else ''}); both views of {crops_of(s)}; {s.workers} loader processes"
+        f"{' for each process' if world > 1 else ''}\n"
         f"{s.arch}, width {s.width:g}, {sum(p.numel() for p in core.parameters()) / 1e6:.2f} M parameters, "
         f"{'bfloat16, assignment and loss float32' if device.type == 'cuda' else 'float32'} on {world} x {kind}; "
         f"assignment and loss: {operator}\n"
@@ -281,11 +282,12 @@ def train_in(device, rank, world, s):
 
     # --- loop -------------------------------------------------------------------------------------------------------
     log = Log(out, s, rank, world, step, total, per_epoch, math.log(n), log_state)
-    if not s.plan:
-        log.start({"command": sys.argv, "commit": commit(), "torch": torch.__version__, "step": step,
-                   "ln_n": math.log(n), "videos": len(videos), "settings": settings})
+    if not s.plan and step < total:
+        header = {"command": sys.argv, "commit": commit(), "torch": torch.__version__, "step": step,
+                  "ln_n": math.log(n), "videos": len(videos), "settings": settings}
+        everywhere(lambda: log.start(header) if rank == 0 else None)
     net.train()
-    due = False  # a checkpoint
+    due, asked, agree, timer, shapes = False, 0, Agreement(device, world), Timer(s.save_minutes), set()
     advice = "A process that hangs holds up all; the same command continues from the last checkpoint"
     with Stop() as stop, Watchdog(s.timeout if world > 1 else math.inf, rank, step, advice) as watchdog:
         for batch in log.timed(loader):
@@ -293,6 +295,9 @@ def train_in(device, rank, world, s):
                 group["lr"] = learning_rate(step, per_epoch, s)
             guided, frozen = phase(step, per_epoch, s)
             rows = batches.rows(step)
+            if s.compile and (guided, frozen, *rows) not in shapes:
+                shapes.add((guided, frozen, *rows))
+                watchdog.compiling()
             clips = data.augment(batch, device)  # in float32
             with precision(device):
                 loss, batch_scores, batch_features = step_loss(net, clips, s, guided, frozen, rows)
@@ -314,9 +319,9 @@ def train_in(device, rank, world, s):
                 continue
 
             logging = step % s.log_every == 0 or step == total
-            due = due or step % (s.save_every * per_epoch) == 0 or step == total
-            # to agree on a signal is cheap on a CPU, but on a GPU the host would wait for it
-            asked = stop.asked(device, world) if whole and (device.type == "cpu" or world == 1 or logging) else 0
+            signalled, timed = agree(stop.signal, rank == 0 and timer())
+            asked = asked or signalled
+            due = due or timed or step % (s.save_every * per_epoch) == 0 or step == total
             if logging:
                 log.check_finite(step)
                 log.line(step, {"lr": learning_rate(step - 1, per_epoch, s), "guided": guided,
@@ -328,11 +333,11 @@ def train_in(device, rank, world, s):
                 if rank == 0:
                     data.save_run(out, {"settings": settings, "step": step, "model": core.state_dict(),
                                         "optimizer": optimizer.state_dict(), "log": log_state}, s.keep)
-            if world > 1 and (asked or broken):
+            if world > 1 and whole and (asked or broken):
                 dist.barrier()  # torchrun and Slurm end all once one is gone, and the first may still be saving
             if broken:
-                raise data.BadInput(broken)
-            if asked:
+                raise alike(data.BadInput(broken))
+            if whole and asked:
                 log.say(f"asked to stop (signal {asked}): saved step {step} of {total}; the same command continues")
                 return 128 + asked
     log.end(step)
@@ -406,6 +411,7 @@ def arguments(argv=None):
     g.add_argument("--log-every", type=int, default=20, help="steps")
     g.add_argument("--tensorboard", action="store_true", help="the log's numbers in RUN/tensorboard, too")
     g.add_argument("--save-every", type=int, default=1, help="epochs")
+    g.add_argument("--save-minutes", type=float, default=30, help="save that often within an epoch, too; 0: don't")
     g.add_argument("--keep", type=int, default=2, help="checkpoints, the newest among them")
     s = p.parse_args(argv)
 
@@ -415,7 +421,7 @@ def arguments(argv=None):
                  "alternate", "keep", "timeout"):
         if getattr(s, name) <= 0:
             raise data.BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: must be above 0")
-    for name in ("lambda2", "guide_start", "short_crops", "warmup_epochs", "max_faults"):
+    for name in ("lambda2", "guide_start", "short_crops", "warmup_epochs", "max_faults", "save_minutes"):
         if getattr(s, name) < 0:
             raise data.BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: must not be negative")
     if why := model.too_small(s.arch, min(s.frames, s.short_frames) if s.short_crops else s.frames, s.size):
@@ -430,9 +436,17 @@ def arguments(argv=None):
     s.lr_end = s.lr_end if s.lr_end is not None else s.lr / 1000
     s.warmup_epochs = min(s.warmup_epochs, s.epochs // 2)
     if s.workers is None:
-        s.workers = min(8, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        s.workers = min(8, cores_for_one())
     return s
 
 
+def main():
+    try:
+        s = arguments()
+    except data.BadInput as e:
+        raise alike(e) from None
+    return train(s)
+
+
 if __name__ == "__main__":
-    data.command_line(lambda: train(arguments()))
+    data.command_line(main)

@@ -4,17 +4,16 @@ flow store     a folder: header.json (settings), one motion-JPEG .avi a video   
 RGB store      likewise, the frames at training size (optional)                    flow.py --rgb -> pretrain.py
 prototypes     .npz with a JSON header (`save_arrays`)                             prototypes.py -> pretrain.py
 features       .npz likewise                                                       evaluate.py
-checkpoint     .pt of tensors and plain values (`save_checkpoint`)                 pretrain.py -> evaluate.py
+checkpoint     .pt of tensors and plain values (checkpoints.py)                    pretrain.py -> evaluate.py
 
 Each is versioned, written to a temporary name and renamed, and loaded without executing anything. data.py passes all
-names of this file on: stages say `data.FlowStore`.
+names of this file and of checkpoints.py on: stages say `data.FlowStore`.
 """
 
 import argparse
 import functools
 import json
 import os
-import shutil
 import struct
 import sys
 import tempfile
@@ -24,7 +23,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -33,9 +31,18 @@ import torch
 class BadInput(ValueError):
     """Something the user can mend. Stages print it as one sentence and leave with status 2."""
 
+    status = 2
+    said = False  # by another process, so this one need not
+
+
+class Unreadable(BadInput):
+    """A file that may be well, and which another start may be able to read: status 75."""
+
+    status = os.EX_TEMPFAIL
+
 
 def command_line(main):
-    """Run a stage's `main` and leave with its status; BadInput is one sentence and 2, Ctrl-C is 130, and an output that
+    """Run a stage's `main` and leave with its status; BadInput is one sentence and its status, Ctrl-C is 130, and an output that
     nobody reads any more, as of `| head`, 141."""
     try:
         status = main()
@@ -45,8 +52,9 @@ def command_line(main):
         _mute()
         sys.exit(141)
     except BadInput as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        if not e.said:
+            print(f"error: {e}", file=sys.stderr)
+        sys.exit(e.status)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues", file=sys.stderr)
         sys.exit(130)
@@ -158,75 +166,6 @@ def load_arrays(path, kind, made_by):
         raise BadInput(f"{path} holds {header.get('kind')} version {header.get('version')}, but {kind} version 1 is "
                        f"needed; make it with: {made_by}")
     return header, arrays
-
-
-def save_checkpoint(path, state):
-    """Write a dict of tensors and plain values; what stood at `path` stays whole until the new file is."""
-    with atomic(path) as tmp, open(tmp, "wb") as f:  # a file of Python's: torch's own don't say why a write failed
-        try:
-            torch.save({"kind": "checkpoint", "version": 1, **state}, f)
-        except RuntimeError as e:  # torch, as it closes a file that could not be written
-            raise e.__context__ if isinstance(e.__context__, OSError) else e from None
-
-
-def load_checkpoint(path):
-    """Read a checkpoint, given its file or the folder of its run, onto the CPU.
-
-    Raises BadInput where it is missing, damaged, of another version, or holds anything but tensors and plain values
-    (torch.load(weights_only=True): a pickle that would run code is refused).
-    """
-    file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise BadInput(f"{file} doesn't exist; pretrain.py writes it: give its --out folder, or a file from there")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch, zipfile and pickle each have their own words
-        why = (str(e).splitlines() or [type(e).__name__])[0]
-        raise BadInput(f"{file} is damaged or no checkpoint of this project ({why})") from e
-    if not isinstance(state, dict) or state.get("kind") != "checkpoint" or state.get("version") != 1:
-        raise BadInput(f"{file} is no checkpoint of this project (version 1)")
-    return state
-
-
-def save_run(out, state, keep):
-    """Write RUN/checkpoint.pt; the `keep` - 1 before it are checkpoint.1.pt (the newest), checkpoint.2.pt, ...
-
-    At any moment, and where the disk is full, one before is there whole.
-    """
-    new, files = out / "checkpoint.new.pt", [out / "checkpoint.pt"]
-    files += [out / f"checkpoint.{k}.pt" for k in range(1, keep)]
-    try:
-        save_checkpoint(new, state)
-    except BadInput as e:
-        kept = f"{files[0]} is the one before: make room, and the same command continues"
-        raise BadInput(f"step {state['step']} could not be saved: {e}; "
-                       f"{kept if files[0].exists() else 'nothing had been saved before'}") from e
-    for older, newer in reversed(list(zip(files[1:], files, strict=False))):
-        if newer.exists():
-            older.unlink(missing_ok=True)
-            try:
-                os.link(newer, older)  # checkpoint.pt stands until the new one replaces it
-            except OSError:  # a file system without hard links
-                shutil.copyfile(newer, older)
-    os.replace(new, files[0])
-
-
-def last_checkpoint(out):
-    """The newest checkpoint of a run that can be read, or None. A damaged one is named and the one before is taken.
-
-    Raises BadInput if all that are there are damaged.
-    """
-    older = [p for p in out.glob("checkpoint.*.pt") if p.suffixes[0][1:].isdigit()]
-    files = [out / "checkpoint.pt", *sorted(older, key=lambda p: int(p.suffixes[0][1:]))]
-    files = [f for f in files if f.exists()]
-    for file in files:
-        try:
-            return load_checkpoint(file)
-        except BadInput as e:
-            if file == files[-1]:
-                raise
-            print(f"warning: {e}; taking the checkpoint before it", file=sys.stderr)
-    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

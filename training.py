@@ -20,9 +20,16 @@ import torch.distributed as dist
 import data
 from processes import (  # noqa: F401  (the stages' door to it)
     LOST,
+    Agreement,
     Watchdog,
+    alike,
+    check_same,
+    cores_for_one,
+    everywhere,
+    from_first,
     gather_rows,
     is_lost,
+    leaving,
     place,
     start_processes,
     synchronise_batch_norm,
@@ -94,10 +101,12 @@ class Stop:
     """Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) ask for a checkpoint after this step; a second Ctrl-C ends all.
 
     Second is one that comes a second later: torchrun hands a Ctrl-C, which the terminal sent to all, to all once more.
+    The end of torchrun asks too (SIGUSR1 ends it alone): without it nobody would look after its processes.
     """
 
     def __enter__(self):
-        self.signal, self.first = 0, 0.0
+        self.came, self.first = 0, 0.0
+        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.before = {sig: signal.signal(sig, self) for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         return self
 
@@ -106,19 +115,32 @@ class Stop:
             signal.signal(sig, handler)
 
     def __call__(self, sig, frame):
-        if not self.signal:
+        if not self.came:
             self.first = time.monotonic()
         elif sig == signal.SIGINT and time.monotonic() - self.first > 1:
             raise KeyboardInterrupt
-        self.signal = sig
+        self.came = sig
 
-    def asked(self, device, world):
-        """The signal that came, or 0; processes may get it in different steps, so they agree on it."""
-        if world == 1:
-            return self.signal
-        agreed = torch.tensor(self.signal, device=device)
-        dist.all_reduce(agreed, dist.ReduceOp.MAX)
-        return int(agreed)
+    @property
+    def signal(self):
+        """The signal that came, or 0; SIGHUP for the end of torchrun. Processes may get it in different steps."""
+        if not self.came and self.parent is not None and os.getppid() != self.parent:
+            self.came = int(signal.SIGHUP)
+        return self.came
+
+
+class Timer:
+    """Says once every so many minutes that time is up."""
+
+    def __init__(self, minutes):
+        self.seconds, self.since = 60 * minutes, time.monotonic()
+
+    def __call__(self):
+        """Whether it is; the next interval then begins. 0 minutes: never."""
+        if not self.seconds or time.monotonic() - self.since < self.seconds:
+            return False
+        self.since = time.monotonic()
+        return True
 
 
 def commit():
@@ -165,25 +187,38 @@ class Log:
         self.most = before["most"]  # prototypes ever in use
         self.videos = 0  # of all processes since the last line
         self.file = self.board = None
+        self.began = self.since = time.perf_counter()
 
     def say(self, text):
         if self.head:
             print(text, flush=True)
 
     def start(self, header):
-        """Drop the lines of steps that are about to be done again, then write the first line of this start."""
-        self.began = self.since = time.perf_counter()
-        if not self.head:
-            return
+        """Drop the lines of steps that are about to be done again, then write the first line of this start.
+
+        Rank 0 alone calls it. A file with other lines than ours is named and kept as log.damaged.jsonl. Raises BadInput
+        where it can't be read.
+        """
         if self.s.tensorboard:
             self.board = tensorboard_writer(self.path.parent / "tensorboard", self.first)
-        kept = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+        kept, foreign = [], 0
+        try:
+            before = self.path.read_bytes() if self.path.exists() else b""
+        except OSError as e:
+            raise data.BadInput(f"{self.path} can't be read ({e.strerror}); move it out of the way") from e
+        for raw in before.splitlines(keepends=True):
             try:
-                if json.loads(line)["step"] <= self.first:
-                    kept.append(line + "\n")
-            except ValueError:
-                pass  # the line that was being written when the run was killed
+                line = json.loads(raw)
+                if line["step"] <= self.first:
+                    kept.append(json.dumps(line) + "\n")
+            except (ValueError, TypeError, KeyError):  # ValueError: also bytes that are no text
+                foreign += raw.endswith(b"\n")  # else it was being written when the run was killed
+        if foreign:
+            aside = self.path.with_suffix(".damaged.jsonl")
+            print(f"warning: {self.path} has {foreign} damaged line(s), left out; the file as it was is {aside}",
+                  file=sys.stderr)
+            with data.atomic(aside) as tmp:
+                tmp.write_bytes(before)
         with data.atomic(self.path) as tmp:
             tmp.write_text("".join(kept) + json.dumps(header) + "\n")
         self.file = open(self.path, "a", buffering=1)
@@ -237,10 +272,10 @@ class Log:
             self.dropped += not finite
         self.finite.clear()
         if self.row >= self.IN_A_ROW:
-            raise data.BadInput(f"the gradient was not finite in the last {self.row} steps before step {step}; "
-                                f"{self.path.parent} keeps the last good checkpoint. Likely causes: a learning rate "
-                                f"too high (--lr {self.s.lr:.3g}), too small a lambda1 ({self.s.lambda1}), damaged "
-                                f"weights")
+            raise alike(data.BadInput(f"the gradient was not finite in the last {self.row} steps before step {step}; "
+                                      f"{self.path.parent} keeps the last good checkpoint. Likely causes: a learning "
+                                      f"rate too high (--lr {self.s.lr:.3g}), too small a lambda1 ({self.s.lambda1}), "
+                                      f"damaged weights"))
 
     def too_many_faults(self, videos):
         """A sentence if more than the share --max-faults of the videos could not be read (one never is too many)."""

@@ -10,11 +10,13 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -147,23 +149,45 @@ def same(out, whole):
 
 
 def kills(argv, root, count, seed):
-    """Kill runs `count` times, half of them at named moments and half at any time; each ends as one undisturbed."""
+    """Kill runs `count` times, half at named moments and half at any time, and damage what they leave; each ends as one
+    undisturbed."""
     rng, root = random.Random(seed), Path(root)
     began = time.monotonic()
-    assert end(fork(train, [*argv, "--out", f"{root}/whole"], said=root / "said")) == 0, (root / "said").read_text()
+    whole = fork(train, [*argv, "--out", f"{root}/whole", "--keep", "5"], said=root / "said")
+    assert end(whole) == 0, (root / "said").read_text()
     seconds = time.monotonic() - began
     moments = rng.sample(MOMENTS, len(MOMENTS))
     done, runs = [], 0
 
     def check():
         same(root / str(runs), root / "whole")
-        left = {p.name for p in (root / str(runs)).iterdir()} - {"checkpoint.new.pt"}
-        assert left == {"checkpoint.pt", "checkpoint.1.pt", "log.jsonl"}, left
+        left = {p.name for p in (root / str(runs)).iterdir()} - {"checkpoint.new.pt", "checkpoint.damaged.pt"}
+        assert left == {"checkpoint.pt", "checkpoint.1.pt", "log.jsonl", "lock"}, left
+
+    def cut(file):
+        file.write_bytes(file.read_bytes()[:-1000])
+
+    def damage():
+        """Cut the newest checkpoint, unless it is the only good one. Every second run begins so, from step 4."""
+        out = root / str(runs)
+        newest, before = out / "checkpoint.pt", out / "checkpoint.1.pt"
+        if runs % 2 == 0 and not out.exists():
+            out.mkdir()
+            shutil.copyfile(root / "whole" / "checkpoint.2.pt", newest)
+            shutil.copyfile(root / "whole" / "checkpoint.3.pt", before)
+            shutil.copyfile(root / "whole" / "log.jsonl", out / "log.jsonl")
+            cut(newest)
+        elif rng.random() < 0.5:
+            with suppress(data.BadInput):
+                data.load_checkpoint(newest), data.load_checkpoint(before)
+                cut(newest)
 
     while len(done) < count:
         command = [*argv, "--out", f"{root}/{runs}"]
-        if len(done) % 2:
-            moment = moments[len(done) // 2 % len(moments)], rng.randint(1, 2)
+        damage()
+        if len(done) % 2 == 0:
+            # first where a damaged newest would have taken the place of the good one
+            moment = (moments[len(done) // 2 % len(moments)], rng.randint(1, 2)) if done else ("after link", 1)
             status = end(fork(train_to_death, command, *moment, said=root / "said"))
         else:
             moment = rng.uniform(0, seconds / 2)
@@ -321,11 +345,15 @@ def gpu_batch_norms(rows, said):
 # --- disturbed processes ---------------------------------------------------------------------------------------------
 def disturbed(argv, disturbance, step):
     """Train while rank 1 does something in a step."""
-    def hang():
-        time.sleep(100)
+    def hang(*_):
+        time.sleep(LIMIT)
 
+    def starve():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    dist.destroy_process_group = hang if disturbance in ("starve", "die") else dist.destroy_process_group  # as NCCL may
     if os.environ["RANK"] == "1":
-        in_step(step, {"die": lambda: os._exit(1), "hang": hang,
+        in_step(step, {"die": lambda: os._exit(1), "hang": hang, "starve": starve,
                        "warn": lambda: os.kill(os.getpid(), signal.SIGUSR1)}[disturbance])
     train(argv)
 
@@ -334,6 +362,24 @@ def disturb(argv, said, disturbance, step, status):
     """Two processes, one of them disturbed -> each leaves with its `status`."""
     statuses = [end(pid) for pid in start_ranks(2, disturbed, argv, disturbance, step, said=said)]
     assert statuses == status, (statuses, [Path(f"{said}{r}").read_text() for r in (0, 1)])
+
+
+def agree(late):
+    """A signal to one process in call 2 and a timer of another in call 3 are read by all in the same call."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    agreement = processes.Agreement(torch.device("cpu"), 2, late)
+    said = [agreement(10 * (rank == 1 and call >= 2), rank == 0 and call == 3) for call in range(6)]
+    signals, timer = zip(*said, strict=True)
+    assert signals == (*[0] * (2 + late), *[10] * (4 - late)), signals
+    assert timer == tuple(int(call == 3 + late) for call in range(6)), timer
+    assert len(agreement.pending) == late
+
+
+def agreements(said):
+    for late in (0, 1):
+        for rank, pid in enumerate(start_ranks(2, agree, late, said=said)):
+            assert end(pid) == 0, Path(f"{said}{rank}").read_text()
 
 
 def dies_once(argv):
@@ -355,6 +401,28 @@ def restarts(argv, whole):
     same(f"{whole}/restarted", f"{whole}/whole")
     headers = [line for line in Path(f"{whole}/restarted/log.jsonl").read_text().splitlines() if "command" in line]
     assert [json.loads(line)["step"] for line in headers] == [0, 2]
+
+
+# --- what processes have alike ---------------------------------------------------------------------------------------
+def train_apart(argv, others):
+    """Train; rank 1 with more flags than rank 0."""
+    train(argv + (others if os.environ["RANK"] == "1" else []))
+
+
+def apart(argv, others, said, status):
+    """Two processes, the second with `others` on its command line -> each leaves with its `status`."""
+    statuses = [end(pid) for pid in start_ranks(2, train_apart, argv, others, said=said)]
+    assert statuses == status, (statuses, [Path(f"{said}{r}").read_text() for r in (0, 1)])
+
+
+def node_local(argv, root, said):
+    """A run of two processes goes on although the second finds nothing in its --out; it ends as an undisturbed one."""
+    apart([*argv, "--out", f"{root}/whole"], [], said, [0, 0])
+    for pid in start_ranks(2, disturbed, [*argv, "--out", f"{root}/run"], "warn", 3):
+        assert end(pid) == 128 + signal.SIGUSR1
+    assert data.load_checkpoint(f"{root}/run")["step"] == 3
+    apart([*argv, "--out", f"{root}/run"], ["--out", f"{root}/elsewhere"], said, [0, 0])
+    same(f"{root}/run", f"{root}/whole")
 
 
 # --- a full disk -----------------------------------------------------------------------------------------------------

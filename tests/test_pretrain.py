@@ -121,7 +121,10 @@ def test_compiled_backbones_train_alike(tiny, whole, tmp_path, monkeypatch):
     compiled, real = [], torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda m: (compiled.append(m), real(m, backend="eager",
                                                                                         fullgraph=True)))
+    longer = []
+    monkeypatch.setattr(pretrain.Watchdog, "compiling", lambda self: longer.append(self))
     assert run(tiny, tmp_path / "run", "--compile") == 0
+    assert len(longer) == 1  # all steps are alike
     assert [type(m) for m in compiled] == [model.Backbone] * 2
     for one, other in zip(log(whole)[1:], log(tmp_path / "run")[1:], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
@@ -196,7 +199,8 @@ def test_plan_says_what_would_be_done_and_writes_nothing(tiny, tmp_path, capsys)
     assert "2 steps an epoch, 14 in all" in said and "process-hours; nothing was written" in said
     compiled = goca._compiled("auto", torch.device("cpu"))
     for words in ("goca on ucf101 in", "20 videos (0 listed but absent, 0 that do not decode, 0 without flow)",
-                  "both views of 2 crops of 8 and 1 of 8 frames, 32 px", "M parameters, float32 on 1 x cpu, ",
+                  "both views of 2 crops of 8 and 1 of 8 frames, 32 px; 0 loader processes",
+                  "M parameters, float32 on 1 x cpu, ",
                   "24 prototypes, ln N = 3.178; batch 10 x 1", "(7 epochs, 0 videos left out of each)",
                   "learning rate (lars): 4.8 at a batch of 640, scaled by sqrt(10/640); 0.0375 -> 0.6 in 1 epochs",
                   "assignment and loss: " + ("compiled for cpu" if compiled else "PyTorch reference")):
@@ -244,31 +248,6 @@ def test_tensorboard_has_the_numbers_of_the_log(tiny, tmp_path, monkeypatch):
         assert [e.step for e in events.Scalars(name)] == [1, 2, 3, 4]
         written = [line[name] for line in lines if "loss" in line]
         assert [e.value for e in events.Scalars(name)] == pytest.approx(written)
-
-
-SLURM = """#!/bin/bash
-case $(basename $0) in
-    scontrol) echo "scontrol $@" >> {said}; echo first; echo second ;;
-    srun) for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "${{@:2}}"; status=$?; done; exit $status ;;
-    *) echo "$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR:$MASTER_PORT $@" >> {said}; exit {status} ;;
-esac
-"""
-
-
-@pytest.mark.parametrize(("status", "again"), [(0, False), (2, False), (75, True), (138, True)])
-def test_the_slurm_script_starts_a_process_a_gpu_and_itself_again(tmp_path, status, again):
-    said = tmp_path / "said"
-    for name in ("srun", "scontrol", "interpreter"):
-        (tmp_path / name).write_text(SLURM.format(said=said, status=status))
-        (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "interpreter", "SLURM_JOB_ID": "70007",
-                   "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
-    done = subprocess.run(["bash", ROOT / "presets" / "slurm.sh", "@presets/one-gpu", "--out", "a b"], env=environment)
-    assert done.returncode == status
-    assert said.read_text().splitlines() == [
-        "scontrol show hostnames n[1-2]", "0/2 0/2 first:30007 pretrain.py @presets/one-gpu --out a b",
-        "1/2 1/2 first:30007 pretrain.py @presets/one-gpu --out a b",
-        *(["scontrol requeue 70007"] if again else [])]
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def command(tiny, *more):
 
 
 def test_killed_at_20_random_points_a_run_ends_in_the_same_bits(tiny, forked, tmp_path):
-    """SIGKILL, half at any time and half at named moments of a step and of saving; weights, optimizer and log equal."""
+    """SIGKILL, half at named moments of a step and of saving; newest files cut; weights, optimizer and log equal."""
     forked("kills", argv=command(tiny), root=tmp_path, count=20, seed=0)
 
 
@@ -82,9 +82,10 @@ def test_a_dying_process_under_torchrun_is_started_again_and_nothing_is_lost(tin
 @pytest.mark.parametrize(("disturbance", "status", "words"), [
     ("hang", [75, 75], ["did not finish step 2 in 3 s (--timeout); it is at", "in hang"]),
     ("die", [75, 1], ["process 0 lost the others ("]),
+    ("starve", [75, 2], ["error: out of memory (CUDA out of memory. Tried to allocate 2 GiB) with --batch"]),
     ("warn", [128 + signal.SIGUSR1] * 2, ["asked to stop (signal 10): saved step 2 of 10"])])
 def test_what_becomes_of_two_processes_when_one_is_disturbed(tiny, forked, tmp_path, disturbance, status, words):
-    """In step 2 one hangs, dies, or gets Slurm's warning: each leaves with its own status and a sentence."""
+    """In step 2 one hangs, dies, lacks memory, or gets Slurm's warning: each leaves with its status and a sentence."""
     argv = command(tiny, "--batch-size", "4", "--timeout", "3", "--out", str(tmp_path / "run"))
     forked("disturb", argv=argv, said=tmp_path / "said", disturbance=disturbance, step=2, status=status)
     said = (tmp_path / "said0").read_text() + (tmp_path / "said1").read_text()

@@ -1,0 +1,105 @@
+"""presets/slurm.sh against stand-ins for Slurm's commands, which do what its manuals say."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import processes
+
+ROOT = Path(__file__).parents[1]
+SCONTROL = """#!/bin/bash
+echo "scontrol $@" >> {folder}/said; echo first; echo second
+"""
+# its tasks run at the same time; with --kill-on-bad-exit one that fails ends the others; the highest status is its own
+SRUN = """#!{python}
+import os, signal, subprocess, sys, time
+n = next(i for i, a in enumerate(sys.argv) if not a.startswith("-") and i)
+assert sys.argv[1:n] == ["--kill-on-bad-exit=1", "--cpus-per-task=3"], sys.argv
+tasks = [subprocess.Popen(sys.argv[n:], start_new_session=True, env={{**os.environ, "SLURM_PROCID": str(i),
+         "SLURM_LOCALID": str(i)}}) for i in (0, 1)]
+def to_all(sig, *_):
+    for task in tasks:
+        if task.poll() is None:
+            os.killpg(task.pid, sig)
+signal.signal(signal.SIGUSR1, to_all)
+killed = False
+while any(task.poll() is None for task in tasks):
+    if not killed and any(task.poll() for task in tasks):
+        killed = True
+        time.sleep(0.3)
+        to_all(signal.SIGTERM)
+        time.sleep(0.3)
+        to_all(signal.SIGKILL)
+    time.sleep(0.02)
+sys.exit(max(task.returncode if task.returncode >= 0 else 128 - task.returncode for task in tasks))
+"""
+INTERPRETER = """#!{python}
+import os, signal, sys, time
+e = os.environ
+with open("{folder}/said", "a") as f:
+    f.write(f"{{e['RANK']}}/{{e['WORLD_SIZE']}} {{e['LOCAL_RANK']}}/{{e['LOCAL_WORLD_SIZE']}} "
+            f"{{e['MASTER_ADDR']}}:{{e['MASTER_PORT']}} {{' '.join(sys.argv[1:])}}\\n")
+status = {statuses}[int(e["RANK"])]
+signal.signal(signal.SIGUSR1, lambda *_: os._exit(138))
+if status == "waits":  # for the other, in a collective
+    time.sleep(20)
+sys.exit(status)
+"""
+
+
+def start(folder, statuses):
+    """The script with processes that leave with `statuses` -> Popen."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("interpreter", INTERPRETER)):
+        (folder / name).write_text(text.format(folder=folder, python=sys.executable, statuses=statuses))
+        (folder / name).chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": "interpreter", "SLURM_JOB_ID": "70007",
+                   "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+                   "SLURM_CPUS_PER_TASK": "3"}
+    return subprocess.Popen(["bash", ROOT / "presets" / "slurm.sh", "@presets/one-gpu", "--out", "a b"], cwd=folder,
+                            env=environment)
+
+
+@pytest.mark.parametrize(("statuses", "status", "again"), [
+    ([0, 0], 0, False), ([2, 2], 2, False), ([2, "waits"], 2, False), (["waits", 2], 2, False), ([75, 2], 2, False),
+    ([75, 75], 75, True), ([1, "waits"], 143, True), ([138, 138], 138, True)])
+def test_the_script_starts_a_process_a_gpu_and_itself_again(tmp_path, statuses, status, again):
+    """Again unless all is done or one had bad input, whatever became of the others."""
+    assert start(tmp_path, statuses).wait(30) == status
+    said = (tmp_path / "said").read_text().splitlines()
+    assert said[0] == "scontrol show hostnames n[1-2]"
+    assert sorted(said[1:3]) == ["0/2 0/2 first:30007 pretrain.py @presets/one-gpu --out a b",
+                                 "1/2 1/2 first:30007 pretrain.py @presets/one-gpu --out a b"]
+    assert said[3:] == (["scontrol requeue 70007"] if again else [])
+    assert {p.name for p in tmp_path.iterdir()} == {"said", "srun", "scontrol", "interpreter"}
+
+
+def test_the_warning_before_the_end_reaches_the_processes_through_their_shells(tmp_path):
+    job = start(tmp_path, ["waits", "waits"])
+    for _ in range(200):
+        if (tmp_path / "said").exists() and (tmp_path / "said").read_text().count("pretrain.py") == 2:
+            break
+        time.sleep(0.05)
+    time.sleep(0.5)  # until both have set their handlers
+    srun = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(srun[0]), signal.SIGUSR1)
+    assert job.wait(30) == 138
+    assert (tmp_path / "said").read_text().splitlines()[-1] == "scontrol requeue 70007"
+
+
+@pytest.mark.parametrize(("environment", "cores"), [
+    ({}, 12), ({"LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "x"}, 1), ({"LOCAL_WORLD_SIZE": "4"}, 3),
+    ({"LOCAL_WORLD_SIZE": "8", "SLURM_PROCID": "3", "SLURM_CPUS_PER_TASK": "12"}, 12),  # bound to its share
+    ({"LOCAL_WORLD_SIZE": "8", "SLURM_PROCID": "3", "SLURM_CPUS_PER_TASK": "5"}, 5),  # not bound
+    ({"LOCAL_WORLD_SIZE": "4", "SLURM_PROCID": "0", "SLURM_CPUS_PER_TASK": "12", "TORCHELASTIC_RUN_ID": "x"}, 3)])
+def test_a_process_takes_its_share_of_the_cores(monkeypatch, environment, cores):
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_CPUS_PER_TASK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes.workers, "cores", lambda: 12)
+    assert processes.cores_for_one() == cores
