@@ -47,17 +47,17 @@ def checkpoint(path, seed=0, **settings):
 # ---------------------------------------------------------------------------------------------------------------------
 # Features
 # ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("protocol", ["goca", "coclr"])
-def test_features_are_the_mean_of_the_views(tiny, protocol):
+@pytest.mark.parametrize(("protocol", "stride"), [("goca", 1), ("coclr", 1), ("goca", 2)])
+def test_features_are_the_mean_of_the_views(tiny, protocol, stride):
     s = evaluate.arguments(["retrieval", *tiny.common(), *UNTRAINED, "--workers", "0", "--batch-views", "3",
-                            "--protocol", protocol])
+                            "--protocol", protocol, "--stride", str(stride)])
     net, settings = features.load_network(s)
     s.stride, s.pool = settings["stride"], "avg"
     found, store = data.read_split("ucf101", tiny.videos, tiny.splits), data.FlowStore(tiny.flow)
     found = found._replace(videos=found.videos[:3])
     f = features.features(net, found, store, s, torch.device("cpu"), "x")
     assert len(f.videos) == 3 and f.left_out == []
-    clips = data.TestClips(found.videos, store, protocol=protocol, frames=8, size=32)[1]
+    clips = data.TestClips(found.videos, store, protocol=protocol, frames=8, size=32, stride=stride)[1]
     with torch.no_grad():
         each = net.features("flow", data.normalise_flow(clips["flow"]))
     if protocol == "goca":
