@@ -21,6 +21,54 @@ def new_log(before=None, world=1, **k):
     return training.Log(Path("run"), settings(**k), 0, world, 0, 10, 2, math.log(100), before)
 
 
+# --- time ------------------------------------------------------------------------------------------------------------
+class Clock:
+    """In place of time: it stands until it is moved."""
+
+    now = 100.0
+
+    def perf_counter(self):
+        return self.now
+
+
+def test_the_log_knows_what_it_waited_for_and_how_fast_it_is(monkeypatch, capsys, tmp_path):
+    """Two steps of 8 videos: 3 of 4 seconds and then 0 of 1 second in the loader; a line each, and the rest."""
+    clock = Clock()
+    monkeypatch.setattr(training, "time", clock)
+    log = new_log()
+    log.path = tmp_path / "log.jsonl"
+    log.start({"step": 0})
+    values = {"entropy": 1.0, "prototypes_in_use": 9, "lr": 0.1, "rank": 5.0}
+    for step, (waited, computed) in enumerate([(3, 1), (0, 1)], 1):
+
+        def loader(waited=waited):
+            clock.now += waited
+            yield "batch"
+
+        assert next(log.timed(loader())) == "batch"
+        clock.now += computed
+        log.add(torch.tensor(2.0), torch.tensor(True), [""], 8)
+        log.line(step, values)
+    lines = training_log(tmp_path)
+    assert [(line["data_wait"], line["samples_per_s"]) for line in lines] == [(0.75, 2.0), (0.0, 8.0)]
+    said = capsys.readouterr().out.splitlines()
+    assert "2.0 videos/s  waiting for data 75%" in said[0] and said[0].endswith("left 0:00:36")
+    assert "8.0 videos/s  waiting for data 0%" in said[1] and said[1].endswith("left 0:00:20")  # 5 s for 2 of 10
+
+
+@pytest.mark.parametrize(("kind", "unit"), [("cpu", "process-hours"), ("cuda", "GPU-hours")])
+def test_the_plan_leaves_out_the_first_step_and_counts_all_processes(monkeypatch, capsys, kind, unit):
+    """10 s, then 2 s a step; 1800 steps in 4 processes."""
+    clock = Clock()
+    monkeypatch.setattr(training, "time", clock)
+    log = training.Log(Path("run"), settings(), 0, 4, 0, 1800, 2, 1.0)
+    for step, seconds in enumerate((10, 2, 2, 2), 1):
+        clock.now += seconds
+        assert log.planned(step, kind) == (step == 4)
+    assert capsys.readouterr().out == (f"a step takes 2.00 s, all that are left 1:00:00 and 4.0 {unit}; nothing was "
+                                       f"written\n")
+
+
 # --- collapse --------------------------------------------------------------------------------------------------------
 WELL = {"epoch": 3.0, "loss": 4.0, "rank": 9.0, "prototypes_in_use": 80}
 LN_N = math.log(100)
