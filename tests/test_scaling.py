@@ -25,6 +25,7 @@ def test_a_table_adds_the_messages_of_a_kind():
     assert row["batch norm"] == round(1e3 * sum(scaling.modelled("all-reduce", n, 64) for n in (10, 20)), 2)
 
 
+@pytest.mark.filterwarnings("ignore:.*broadcast_buffers", "ignore:(?s).*Grad strides do not match")
 def test_a_step_sends_one_message_forward_and_one_back_for_each_batch_norm(monkeypatch):
     """312: of 2 views of 2 lengths of clips, 77 batch norms of S3D's each, and 2 of the head for each view."""
     full = bench_step.settings
