@@ -42,8 +42,8 @@ class Unreadable(BadInput):
 
 
 def command_line(main):
-    """Run a stage's `main` and leave with its status; BadInput is one sentence and its status, Ctrl-C is 130, and an output that
-    nobody reads any more, as of `| head`, 141."""
+    """Run a stage's `main` and leave with its status; BadInput is one sentence and its status, Ctrl-C is 130, an output
+    that nobody reads any more, as of `| head`, 141."""
     try:
         status = main()
         print(end="", flush=True)

@@ -157,7 +157,7 @@ def kills(argv, root, count, seed):
     assert end(whole) == 0, (root / "said").read_text()
     seconds = time.monotonic() - began
     moments = rng.sample(MOMENTS, len(MOMENTS))
-    done, runs = [], 0
+    done, runs, whole = [], 0, 0  # whole: runs that ended since the last was killed
 
     def check():
         same(root / str(runs), root / "whole")
@@ -198,9 +198,11 @@ def kills(argv, root, count, seed):
         assert status in (-signal.SIGKILL, 0), (status, moment, (root / "said").read_text())
         if status == 0:
             check()
-            runs += 1
+            runs, whole = runs + 1, whole + 1
+            assert whole < 10, f"{moment} never came in {whole} runs"
         else:
             done.append(moment)
+            whole = 0
     assert end(fork(train, [*argv, "--out", f"{root}/{runs}"], said=root / "said")) == 0, (root / "said").read_text()
     check()
 

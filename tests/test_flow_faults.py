@@ -57,8 +57,9 @@ def test_one_sentence(mixed, tmp_path, capfd, name):
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_among_good(mixed, tmp_path, capsys):
-    assert command(mixed, tmp_path / "s") == 0
+@pytest.mark.parametrize("more", [[], ["--batch", "8"]], ids=["processes", "batches"])
+def test_bad_among_good(mixed, tmp_path, capsys, more):
+    assert command(mixed, tmp_path / "s", *more) == 0
     out = capsys.readouterr().out
     assert "2 videos written" in out and "4 skipped, 1 cut short" in out
     listed = json.loads((tmp_path / "s" / "skipped.json").read_text())

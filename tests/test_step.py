@@ -164,14 +164,18 @@ def test_sview_views_do_not_touch_each_other():
 
 
 def test_describe_by_hand():
-    one = torch.tensor([[0.97, 0.01, 0.02], [0.1, 0.8, 0.1]]).log()
-    other = torch.tensor([[0.97, 0.01, 0.02], [0.1, 0.1, 0.8]]).log()
-    log_d = torch.stack([torch.stack([one, one]), torch.stack([one, other])])  # [2 views, 2 crops, 2 samples, 3]
-    features = torch.eye(4).expand(2, 2, 4, 4)
+    """Crops and views agree unlike each other, and every crop and view has another spectrum."""
+    top = torch.tensor([[[0, 1, 2, 0], [0, 1, 2, 1]], [[0, 1, 0, 1], [0, 0, 1, 2]]])  # [2 views, 2 crops, 4 samples]
+    log_d = (0.03 + 0.9 * torch.nn.functional.one_hot(top, 4)).div(1.02).log()
+    e = torch.eye(4)
+    features = torch.stack([torch.stack([e[[0, 0, 0, 0]], e[[0, 0, 1, 1]]]), torch.stack([e, e])])
     out = pretrain.describe(log_d, features)
-    assert out["prototypes_in_use"] == 3 and out["crops_agree"] == 0.75 and out["views_agree"] == 0.75
-    assert out["entropy"] == pytest.approx(-(log_d.exp() * log_d).sum(-1).mean().item())
-    assert out["rank"] == pytest.approx(4)
+    assert out["prototypes_in_use"] == 3  # the fourth never is the first choice
+    assert out["crops_agree"] == (3 + 1) / 8 and out["views_agree"] == (2 + 1) / 8
+    p = [0.93 / 1.02] + 3 * [0.03 / 1.02]
+    assert out["entropy"] == pytest.approx(-sum(x * math.log(x) for x in p))
+    # the poorer view has six times the one feature and twice the other, in both crops together
+    assert out["rank"] == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
     out = pretrain.describe(torch.full((2, 2, 4, 7), -math.log(7)), torch.ones(2, 2, 4, 4))
     assert out["entropy"] == pytest.approx(math.log(7)) and out["rank"] == pytest.approx(1)
 
