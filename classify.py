@@ -20,7 +20,7 @@ from tqdm import tqdm
 import data
 import model
 from features import fingerprint, in_batches, mean_over_views
-from training import Agreement, Stop, synchronise_batch_norm
+from training import Agreement, Stop, share_gradients, synchronise_batch_norm
 
 
 class Recipe(NamedTuple):
@@ -183,8 +183,7 @@ def fit_clips(net, views, found, store, recipe, s, settings, frozen, what, devic
     labels = torch.tensor([v.label for v in found.videos])
     ddp = classifier
     if world > 1:
-        ddp = nn.parallel.DistributedDataParallel(classifier, broadcast_buffers=False,
-                                                  device_ids=[device] if device.type == "cuda" else None)
+        ddp = share_gradients(classifier, device)
     ddp.train()
     skipped, agree = set(), Agreement(device, world)
     with Stop() as stop, tqdm(total=total, initial=step, desc=what, unit="step", mininterval=1,

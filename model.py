@@ -210,18 +210,41 @@ def too_small(arch, frames, size):
 # ---------------------------------------------------------------------------------------------------------------------
 # Backbone + pooling, head, prototypes
 # ---------------------------------------------------------------------------------------------------------------------
+class Statistics:
+    """The running statistics of all batch norms of a layer, read and written in a few launches."""
+
+    def __init__(self, layer):
+        norms = [m for m in layer.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        # data: autograd, which holds them for the backward pass, need not know that they are written
+        buffers = [b.data for m in norms for b in m.buffers(recurse=False)]
+        self.buffers = [[b for b in buffers if b.dtype == dtype] for dtype in {b.dtype: 0 for b in buffers}]
+
+    def read(self):
+        """-> all values, one vector a dtype."""
+        return [torch.cat([b.flatten() for b in group]) for group in self.buffers]
+
+    def write(self, values):
+        """Set them to what `read` gave."""
+        for group, flat in zip(self.buffers, values, strict=True):
+            parts = flat.split([b.numel() for b in group])
+            torch._foreach_copy_(group, [part.view_as(b) for part, b in zip(parts, group, strict=True)])
+
+    def settle(self, before, stepped):
+        """After a step: back to `before`, unless it was done (`stepped`, a bool tensor) -> what they are now."""
+        now = [torch.where(stepped, new, old) for new, old in zip(self.read(), before, strict=True)]
+        self.write(now)
+        return now
+
+
 @contextmanager
 def statistics_kept(layer):
     """Let the batch norms of a layer leave their running statistics as they are."""
-    norms = [m for m in layer.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [m.momentum for m in norms]
-    for m in norms:
-        m.momentum = 0.0
+    statistics = Statistics(layer)
+    before = statistics.read()
     try:
         yield
     finally:
-        for m, momentum in zip(norms, before, strict=True):
-            m.momentum = momentum
+        statistics.write(before)
 
 
 class Backbone(nn.Module):
@@ -291,11 +314,12 @@ class TwoView(nn.Module):
         """Backbone features of one view: clips [B, C, T, S, S] -> [B, feature_dim]."""
         return self.backbones[view](clips)
 
-    def forward(self, clips, frozen=None):
+    def forward(self, clips, frozen=None, scored=False):
         """Clips -> unit features [G, V, m, d] (G = 2 views, or 1 for "average"; V crops; m videos).
 
         clips: a list over lengths (long, short) of {"rgb": [m, v, 3, T, S, S], "flow": [m, v, 2, T, S, S]}.
         frozen: a view that gets no gradient.
+        scored: give (features, their scores [G, V, m, N]); DistributedDataParallel has to see all parameters in here.
         """
         m = clips[0]["rgb"].shape[0]
         feats = []
@@ -307,13 +331,17 @@ class TwoView(nn.Module):
             feats = [(feats[0] + feats[1]) / 2]
         out = [self.heads[i % len(self.heads)](f) for i, f in enumerate(feats)]  # G of [V m, d]
         out = torch.stack([f.detach() if view == frozen else f for view, f in zip(VIEWS, out, strict=False)])
-        return F.normalize(out.float(), dim=-1).unflatten(1, (-1, m))
+        features = F.normalize(out.float(), dim=-1).unflatten(1, (-1, m))
+        return (features, self.scores(features)) if scored else features
 
     @torch.no_grad()
-    def renormalise(self):
-        """Give the rows of trained prototypes unit length again, after an optimizer step."""
+    def renormalise(self, stepped):
+        """Give the rows of trained prototypes unit length again, after an optimizer step.
+
+        stepped: a bool tensor on their device, whether the step was done; else they keep their bits.
+        """
         if isinstance(self.prototypes, nn.Parameter):
-            self.prototypes.copy_(F.normalize(self.prototypes, dim=1))
+            self.prototypes.copy_(torch.where(stepped, F.normalize(self.prototypes, dim=1), self.prototypes))
 
     def scores(self, features):
         """Similarities S = F P^T, float32 whatever autocast says: [..., d] -> [..., N]."""

@@ -35,6 +35,7 @@ from checkpoints import last_checkpoint, lock, resume
 from training import (
     LARS,
     LOST,
+    AdamW,
     Agreement,
     Log,
     Stop,
@@ -42,9 +43,9 @@ from training import (
     Watchdog,
     alike,
     check_same,
+    check_weights,
     commit,
     cores_for_one,
-    drop_if_not_finite,
     everywhere,
     from_first,
     gather_rows,
@@ -52,7 +53,9 @@ from training import (
     learning_rate,
     leaving,
     place,
+    share_gradients,
     start_processes,
+    step_if_finite,
     synchronise_batch_norm,
 )
 
@@ -95,8 +98,7 @@ def step_loss(net, clips, s, guided, frozen=None, rows=None):
     -> scalar, scores of the assigning crops [G, 2, M, N], their features [G, 2, M, d], both of the whole batch.
     """
     core = net.module if isinstance(net, nn.parallel.DistributedDataParallel) else net
-    features = net(clips, frozen)  # [G, V, m, d]
-    scores = core.scores(features)  # [G, V, m, N]
+    features, scores = net(clips, frozen, scored=True)  # [G, V, m, d], [G, V, m, N]
     batch_features = gather_rows(features[:, :2], rows)  # of all processes
     batch_scores = core.scores(batch_features).detach()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -138,7 +140,7 @@ def describe(log_d, features):
 def make_optimizer(net, s):
     """LARS (the paper), or AdamW, which small batches and short runs learn faster with."""
     if s.optimizer == "adamw":
-        return torch.optim.AdamW(net.parameters(), s.lr, betas=(s.momentum, 0.99), weight_decay=s.weight_decay)
+        return AdamW(net.parameters(), s.lr, (s.momentum, 0.99), s.weight_decay)
     return LARS(net.parameters(), s.lr, s.momentum, s.weight_decay, s.trust)
 
 
@@ -260,8 +262,7 @@ def train_in(device, rank, world, s):
         for backbone in core.backbones.values():
             backbone.compile()
     if world > 1:
-        net = nn.parallel.DistributedDataParallel(core, device_ids=[device] if device.type == "cuda" else None,
-                                                  broadcast_buffers=False, find_unused_parameters=s.method == "vicc")
+        net = share_gradients(core, device, find_unused_parameters=s.method == "vicc")
 
     # --- plan -------------------------------------------------------------------------------------------------------
     n, batch = len(core.prototypes), s.batch_size * world
@@ -288,6 +289,8 @@ def train_in(device, rank, world, s):
         everywhere(lambda: log.start(header) if rank == 0 else None)
     net.train()
     due, asked, agree, timer, shapes = False, 0, Agreement(device, world), Timer(s.save_minutes), set()
+    statistics = model.Statistics(core)
+    last_statistics = statistics.read()  # of the last step that was done
     advice = "A process that hangs holds up all; the same command continues from the last checkpoint"
     with Stop() as stop, Watchdog(s.timeout if world > 1 else math.inf, rank, step, advice) as watchdog:
         for batch in log.timed(loader):
@@ -299,18 +302,19 @@ def train_in(device, rank, world, s):
                 shapes.add((guided, frozen, *rows))
                 watchdog.compiling()
             clips = data.augment(batch, device)  # in float32
-            with precision(device):
-                loss, batch_scores, batch_features = step_loss(net, clips, s, guided, frozen, rows)
             together = min(s.accumulate, total - step // s.accumulate * s.accumulate)  # the last step may be of fewer
-            (loss / together).backward()
             step += 1
-            whole = step % s.accumulate == 0 or step == total  # else more gradients are to come
-            finite = loss.detach().isfinite()
+            whole = step % s.accumulate == 0 or step == total  # else more gradients are to come, which are shared once
+            with nullcontext() if whole or world == 1 else net.no_sync():
+                with precision(device):
+                    loss, batch_scores, batch_features = step_loss(net, clips, s, guided, frozen, rows)
+                (loss / together).backward()
+            finite = None
             if whole:
-                finite = drop_if_not_finite(core.parameters())
-                optimizer.step()
+                finite = step_if_finite(optimizer)  # in all processes alike: they have the same gradients
                 optimizer.zero_grad(set_to_none=True)
-                core.renormalise()
+                core.renormalise(finite)
+                last_statistics = statistics.settle(last_statistics, finite)
             log.add(loss, finite, batch["fault"], sum(rows))
             watchdog.beat(step)
             if s.plan:
@@ -329,6 +333,7 @@ def train_in(device, rank, world, s):
             broken = log.too_many_faults(len(videos)) if whole and (world == 1 or logging) else None
             if whole and (due or asked or broken):
                 log.check_finite(step)
+                check_weights(core, step, out)
                 due, log_state = False, log.state()
                 if rank == 0:
                     data.save_run(out, {"settings": settings, "step": step, "model": core.state_dict(),
@@ -418,12 +423,21 @@ def arguments(argv=None):
     world = int(os.environ.get("WORLD_SIZE", 1))
     for name in ("lambda1", "temperature", "iters", "width", "hidden", "frames", "short_frames", "stride", "size",
                  "batch_size", "epochs", "log_every", "save_every", "time_limit", "accumulate",
-                 "alternate", "keep", "timeout"):
-        if getattr(s, name) <= 0:
-            raise data.BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: must be above 0")
-    for name in ("lambda2", "guide_start", "short_crops", "warmup_epochs", "max_faults", "save_minutes"):
-        if getattr(s, name) < 0:
-            raise data.BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: must not be negative")
+                 "alternate", "keep", "timeout", "lr", "trust"):
+        if getattr(s, name) is not None and not 0 < getattr(s, name) < math.inf:
+            raise data.BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: must be above 0, and finite")
+    for name in ("lambda2", "guide_start", "short_crops", "warmup_epochs", "max_faults", "weight_decay", "seed",
+                 "workers", "lr_start", "lr_end"):
+        if getattr(s, name) is not None and not 0 <= getattr(s, name) < math.inf:
+            raise data.BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: must not be negative, and finite")
+    if not s.save_minutes >= 0:
+        raise data.BadInput(f"--save-minutes {s.save_minutes}: must not be negative")
+    if not 0 <= s.momentum < 1:
+        raise data.BadInput(f"--momentum {s.momentum}: must be at least 0 and below 1")
+    if s.method == "avg" and s.heads == 2:
+        raise data.BadInput("--method avg has one feature a clip, so no use for --heads 2")
+    if s.compile and s.recompute:
+        raise data.BadInput("--compile and --recompute don't go together: torch can't compile what is computed again")
     if why := model.too_small(s.arch, min(s.frames, s.short_frames) if s.short_crops else s.frames, s.size):
         raise data.BadInput(f"{why}: raise --frames, --short-frames or --size, or take --arch r2plus1d18")
     if s.scale is None:

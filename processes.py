@@ -5,6 +5,7 @@ Processes come from torchrun, or from anything that sets RANK, WORLD_SIZE, LOCAL
 of batch norm, and the gradients, which DistributedDataParallel averages.
 """
 
+import inspect
 import os
 import sys
 import threading
@@ -200,6 +201,18 @@ def gather_rows(features, rows=None):
     parts = [torch.empty_like(padded) for _ in rows]
     dist.all_gather(parts, padded)
     return torch.cat([part[:, :, :m] for part, m in zip(parts, rows, strict=True)], dim=2)
+
+
+def share_gradients(net, device, find_unused_parameters=False):
+    """Let the backward pass average the gradients over the processes -> a DistributedDataParallel.
+
+    The buffers stay each process's own: batch norm shares what it has to.
+    """
+    ddp = nn.parallel.DistributedDataParallel
+    # torch 2.13 has a new name for it, and a warning from every process about the old one
+    name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in inspect.signature(ddp).parameters)
+    return ddp(net, device_ids=[device] if device.type == "cuda" else None,
+               find_unused_parameters=find_unused_parameters, **{name: False})
 
 
 class _Normalise(torch.autograd.Function):

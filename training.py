@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.optim.sgd import sgd
 
 import data
 from processes import (  # noqa: F401  (the stages' door to it)
@@ -31,6 +32,7 @@ from processes import (  # noqa: F401  (the stages' door to it)
     is_lost,
     leaving,
     place,
+    share_gradients,
     start_processes,
     synchronise_batch_norm,
 )
@@ -59,30 +61,54 @@ class LARS(torch.optim.Optimizer):
                 continue
             update = [p.grad for p in params]
             if group["adapt"]:
-                update = torch._foreach_add(update, params, alpha=group["weight_decay"])
+                # in the parameters' order of memory, which the fused kernel takes for granted
+                update = torch._foreach_mul(params, group["weight_decay"])
+                torch._foreach_add_(update, [p.grad for p in params])
                 w, g = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(update))
                 ratio = torch.where((w > 0) & (g > 0), group["trust"] * w / g, 1.0)
                 torch._foreach_mul_(update, list(ratio.unbind()))
             for p in params:
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-            momenta = [self.state[p]["momentum"] for p in params]
-            torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, update)
-            torch._foreach_add_(params, momenta, alpha=-group["lr"])
+            sgd(params, update, [self.state[p]["momentum"] for p in params], fused=True,
+                found_inf=getattr(self, "found_inf", None), lr=group["lr"], momentum=group["momentum"],
+                weight_decay=0.0, dampening=0.0, nesterov=False, maximize=False)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, which heeds `found_inf`."""
+
+    def __init__(self, params, lr, betas, weight_decay):
+        super().__init__(params, lr, betas, weight_decay=weight_decay, fused=True)
+
+    def load_state_dict(self, state):
+        """Also of a checkpoint by the unfused one."""
+        super().load_state_dict({**state, "param_groups": [{**g, "fused": True} for g in state["param_groups"]]})
 
 
 @torch.no_grad()
-def drop_if_not_finite(params):
-    """Take all gradients for zero if one of them is not finite -> whether all were, a tensor on their device.
+def step_if_finite(optimizer):
+    """A step of LARS or AdamW, unless a gradient is not finite: then parameters and the optimizer's state keep their
+    bits -> whether all were finite, a bool tensor on their device.
 
-    Nothing waits for the device: the caller reads the answers when it logs.
+    Nothing waits for the device: the fused kernels read the answer there, the caller when it logs.
     """
-    params = [p for p in params if p.grad is not None]
-    finite = torch.stack(torch._foreach_norm([p.grad for p in params])).sum().isfinite()
-    for p in params:
-        p.grad = torch.where(finite, p.grad, 0.0)
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    finite = torch.stack(torch._foreach_norm(grads)).sum().isfinite()
+    optimizer.found_inf = (~finite).float()  # the name that torch's GradScaler gives it
+    optimizer.step()
     return finite
+
+
+def check_weights(net, step, out):
+    """Before a checkpoint: raise BadInput if a parameter or a buffer is not finite. Every process calls it."""
+    floats = {name: w for name, w in net.state_dict().items() if w.is_floating_point()}
+    finite = torch.stack([w.isfinite().all() for w in floats.values()]).tolist()
+    if bad := [name for name, good in zip(floats, finite, strict=True) if not good]:
+        kept = f"{out} keeps the last good checkpoint" if (out / "checkpoint.pt").exists() else "nothing had been saved"
+        more = f" and {len(bad) - 1} more" if bad[1:] else ""
+        raise alike(data.BadInput(f"step {step} is not saved: {bad[0]}{more} not finite; {kept}. Likely causes: a "
+                                  f"learning rate too high (--lr), damaged weights"))
 
 
 def learning_rate(step, steps_per_epoch, s):
@@ -254,10 +280,11 @@ class Log:
             yield batch
 
     def add(self, loss, finite, faults, videos):
-        """One step: its loss, and whether its gradient was finite, both left on the device; its unreadable videos; the
-        number of videos of all processes."""
+        """One batch: its loss, and whether the gradient of the step that it completes was finite (None: it completes
+        none), both left on the device; its unreadable videos; the number of videos of all processes."""
         self.losses.append(loss.detach())
-        self.finite.append(finite)
+        if finite is not None:
+            self.finite.append(finite)
         self.videos += videos
         for fault in faults:
             if fault and fault not in self.faults:

@@ -31,7 +31,6 @@ import time
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
 
 import pretrain
 import processes
@@ -81,7 +80,7 @@ def record(videos=10):
         device, s = torch.device("cpu"), settings()
         net, _ = network(s, device, torch.channels_last_3d)
         net = processes.synchronise_batch_norm(net)
-        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+        net = processes.share_gradients(net, device)
         net.register_comm_hook(dist.group.WORLD, bucket_hook)
         clips = random_clips(device, torch.channels_last_3d, videos, [(2, 8), (4, 8)], 32)
         messages.clear()  # those of DDP's construction

@@ -247,7 +247,7 @@ def gradients_of(method, videos):
     whole.backward()
     dist.init_process_group("gloo")
     several = processes.synchronise_batch_norm(net())
-    shared = torch.nn.parallel.DistributedDataParallel(several, broadcast_buffers=False)
+    shared = processes.share_gradients(several, torch.device("cpu"))
     rows = [videos // world + (r < videos % world) for r in range(world)]
     own = slice(sum(rows[:rank]), sum(rows[:rank + 1]))
     loss = pretrain.step_loss(shared, [{k: v[own] for k, v in clips.items()}], s, guided, rows=rows)[0]

@@ -139,7 +139,7 @@ def test_flags_reach_what_they_name(tiny, tmp_path, monkeypatch, flag, value, wh
 def test_adamw_gets_its_rate_momentum_and_decay(tiny, tmp_path, monkeypatch):
     more = ["--optimizer", "adamw", "--momentum", "0.8", "--weight-decay", "0.25"]
     optimizer = made(tiny, tmp_path, monkeypatch, *more).optimizer
-    assert type(optimizer) is torch.optim.AdamW
+    assert isinstance(optimizer, torch.optim.AdamW)
     assert {k: optimizer.defaults[k] for k in ("lr", "betas", "weight_decay")} == {
         "lr": 0.001, "betas": (0.8, 0.99), "weight_decay": 0.25}
     assert type(made(tiny, tmp_path, monkeypatch).optimizer) is pretrain.LARS

@@ -195,8 +195,9 @@ def test_nothing_in_a_step_asks_for_a_value(method, monkeypatch):
         clips = [{view: x.unflatten(0, (4, 2)) for view, x in clips.items()}]
         loss, *_ = pretrain.step_loss(net, clips, s, method == "goca", frozen="flow" if method == "vicc" else None)
         loss.backward()
-        finite = pretrain.drop_if_not_finite(net.parameters())
-        optimizer.step()
-        net.renormalise()
+        finite = pretrain.step_if_finite(optimizer)
+        net.renormalise(finite)
+        statistics = model.Statistics(net)
+        statistics.settle(statistics.read(), finite)
         with pytest.raises(DataDependentOutputException):
             float(finite)
