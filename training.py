@@ -95,7 +95,7 @@ def step_if_finite(optimizer):
     """
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     finite = torch.stack(torch._foreach_norm(grads)).sum().isfinite()
-    optimizer.found_inf = (~finite).float()  # the name that torch's GradScaler gives it
+    optimizer.found_inf = (~finite).to(torch.float32)  # the name that torch's GradScaler gives it
     optimizer.step()
     return finite
 

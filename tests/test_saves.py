@@ -35,7 +35,7 @@ def test_the_checkpoint_before_is_the_one_of_the_least_number(tmp_path, capsys):
     assert data.last_checkpoint(tmp_path)["step"] == 98
     (tmp_path / "checkpoint.2.pt").write_bytes(b"half")
     assert data.last_checkpoint(tmp_path)["step"] == 91
-    assert capsys.readouterr().err.count("taking the checkpoint before it") == 3
+    assert capsys.readouterr().err.count("taking the checkpoint before it") == 2 + 3
 
 
 @pytest.mark.parametrize("header", [{"kind": "checkpoint", "version": 2}, {"kind": "checkpoint"},
