@@ -140,11 +140,17 @@ def last_checkpoint(out, keep=None):
     return None
 
 
-def lock(out, patience=0.0):
+def patience(s):
+    """Seconds to wait for another run in --out: one that is started again may find its own last processes there."""
+    again = os.environ.get("SLURM_RESTART_COUNT", "0"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return min(120, s.timeout) if any(count != "0" for count in again) else 0
+
+
+def lock(out, seconds=0.0):
     """Keep other runs out of `out`, and remove what a killed one left half written -> a context, at whose end (or that
     of this process) others may run there. Where the file system can't lock, a sentence says so.
 
-    patience: seconds to wait for a run that is about to end. Raises BadInput, naming it, where there is one; Unreadable
+    seconds: how long to wait for a run that is about to end. Raises BadInput, naming it, where there is one; Unreadable
     after waiting, for a server may keep the lock of a machine that is gone for longer.
     """
     try:
@@ -152,7 +158,7 @@ def lock(out, patience=0.0):
         file = open(out / "lock", "a+")
     except OSError as e:
         raise BadInput(f"--out {out} can't be written ({e.strerror}); choose a folder that can") from e
-    until = time.monotonic() + patience
+    until = time.monotonic() + seconds
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not held on by forked loader processes
@@ -165,7 +171,7 @@ def lock(out, patience=0.0):
                 return nullcontext()
             if time.monotonic() >= until:
                 file.seek(0)
-                raise (Unreadable if patience else BadInput)(
+                raise (Unreadable if seconds else BadInput)(
                     f"another run is training in {out} ({file.read().strip() or 'unknown process'}): wait for its end, "
                     f"or give another --out; if its machine is gone, remove {out / 'lock'}") from None
             time.sleep(1)

@@ -237,9 +237,10 @@ def _tensor(name, x, shape, check_finite, **divisors):
         x = x.float()
     if check_finite and not torch.compiler.is_compiling() and x.device.type != "meta" \
             and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        largest = max(-(ends := torch.stack(torch.aminmax(x.detach())).tolist())[0], ends[1])  # NaN stays NaN
-        if not all(map(math.isfinite, ends)):
+        low, high = torch.stack(torch.aminmax(x.detach())).tolist()  # a NaN makes both NaN
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(x)).sum())} NaN or infinite values")
+        largest = max(-low, high)
         for divisor, value in divisors.items():
             # an eighth: room for the logarithm's base, and for a difference
             if largest / float(value) > torch.finfo(x.dtype).max / 8:

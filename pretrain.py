@@ -21,6 +21,7 @@ import math
 import os
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from torch import nn
 import data
 import goca
 import model
-from checkpoints import last_checkpoint, lock, resume
+from checkpoints import last_checkpoint, lock, patience, resume
 from training import (
     LARS,
     LOST,
@@ -53,6 +54,8 @@ from training import (
     learning_rate,
     leaving,
     place,
+    rate_rule,
+    scaled_rate,
     share_gradients,
     start_processes,
     step_if_finite,
@@ -147,20 +150,6 @@ def make_optimizer(net, s):
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
-def rate_rule(s, batch):
-    """The learning rate in words, for the plan."""
-    rule = f"--lr {s.lr:.4g}"
-    if s.optimizer == "lars" and s.lr == scaled_rate(batch):
-        rule = f"4.8 at a batch of 640, scaled by sqrt({batch}/640)"
-    return (f"learning rate ({s.optimizer}): {rule}; {s.lr_start:.4g} -> {s.lr:.4g} in {s.warmup_epochs} epochs, then "
-            f"a cosine to {s.lr_end:.4g}")
-
-
-def scaled_rate(batch):
-    """The paper's learning rate, 4.8 for 640 videos, for other batches."""
-    return 4.8 * math.sqrt(batch / 640)
-
-
 def crops_of(s):
     return f"2 crops of {s.frames} and {s.short_crops} of {s.short_frames} frames, {s.size} px"
 
@@ -198,12 +187,6 @@ def train(s):
                   f"{s.timeout:g} s; look for its message. The same command continues from the last checkpoint",
                   file=sys.stderr, flush=True)
             sys.exit(LOST)
-
-
-def patience(s):
-    """Seconds to wait for another run in --out: one that is started again may find its own last processes there."""
-    again = os.environ.get("SLURM_RESTART_COUNT", "0"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return min(120, s.timeout) if any(count != "0" for count in again) else 0
 
 
 def read_data(s):
@@ -333,7 +316,7 @@ def train_in(device, rank, world, s):
             broken = log.too_many_faults(len(videos)) if whole and (world == 1 or logging) else None
             if whole and (due or asked or broken):
                 log.check_finite(step)
-                check_weights(core, step, out)
+                everywhere(partial(check_weights, core, step, out))
                 due, log_state = False, log.state()
                 if rank == 0:
                     data.save_run(out, {"settings": settings, "step": step, "model": core.state_dict(),
@@ -394,7 +377,7 @@ def arguments(argv=None):
     g.add_argument("--accumulate", type=int, default=1, help="batches whose gradients make one step")
     g.add_argument("--keep-last", action="store_true", help="train on what does not fill an epoch's last batch, too")
     g.add_argument("--epochs", type=int, default=500)
-    g.add_argument("--warmup-epochs", type=int, default=10)
+    g.add_argument("--warmup-epochs", type=int, default=10, help="at most half of all")
     g.add_argument("--lr", type=float, help="default: 4.8 sqrt(batch/640); adamw 0.001")
     g.add_argument("--lr-start", type=float, help="default: lr/16 (0.3 at 4.8)")
     g.add_argument("--lr-end", type=float, help="default: lr/1000 (0.0048 at 4.8)")

@@ -61,7 +61,8 @@ def extension(cuda):
         return cpp_extension.CppExtension(sources=sources, extra_link_args=["-fopenmp"],
                                           extra_compile_args={"cxx": cxx}, **common)
     return cpp_extension.CUDAExtension(
-        sources=[*sources, "csrc/cuda.cu", "csrc/tvl1_cuda.cu"], extra_link_args=["-fopenmp"],
+        sources=[*sources, "csrc/cuda_assign.cu", "csrc/cuda_loss.cu", "csrc/tvl1_cuda.cu"],
+        extra_link_args=["-fopenmp"],
         extra_compile_args={"cxx": [*cxx, "-DGOCA_CUDA"], "nvcc": ["-O3", "-std=c++17", "-lineinfo"]}, **common)
 
 

@@ -101,14 +101,14 @@ def step_if_finite(optimizer):
 
 
 def check_weights(net, step, out):
-    """Before a checkpoint: raise BadInput if a parameter or a buffer is not finite. Every process calls it."""
+    """Before a checkpoint: raise BadInput if a parameter or a buffer is not finite."""
     floats = {name: w for name, w in net.state_dict().items() if w.is_floating_point()}
     finite = torch.stack([w.isfinite().all() for w in floats.values()]).tolist()
     if bad := [name for name, good in zip(floats, finite, strict=True) if not good]:
         kept = f"{out} keeps the last good checkpoint" if (out / "checkpoint.pt").exists() else "nothing had been saved"
         more = f" and {len(bad) - 1} more" if bad[1:] else ""
-        raise alike(data.BadInput(f"step {step} is not saved: {bad[0]}{more} not finite; {kept}. Likely causes: a "
-                                  f"learning rate too high (--lr), damaged weights"))
+        raise data.BadInput(f"step {step} is not saved: {bad[0]}{more} not finite; {kept}. Likely causes: a learning "
+                            f"rate too high (--lr), damaged weights")
 
 
 def learning_rate(step, steps_per_epoch, s):
@@ -118,6 +118,20 @@ def learning_rate(step, steps_per_epoch, s):
         return s.lr_start + (s.lr - s.lr_start) * step / warm
     done = (step - warm) / max(1, total - warm - 1)
     return s.lr_end + (s.lr - s.lr_end) * (1 + math.cos(math.pi * done)) / 2
+
+
+def rate_rule(s, batch):
+    """The learning rate in words, for the plan."""
+    rule = f"--lr {s.lr:.4g}"
+    if s.optimizer == "lars" and s.lr == scaled_rate(batch):
+        rule = f"4.8 at a batch of 640, scaled by sqrt({batch}/640)"
+    return (f"learning rate ({s.optimizer}): {rule}; {s.lr_start:.4g} -> {s.lr:.4g} in {s.warmup_epochs} epochs, then "
+            f"a cosine to {s.lr_end:.4g}")
+
+
+def scaled_rate(batch):
+    """The paper's learning rate, 4.8 for 640 videos, for other batches."""
+    return 4.8 * math.sqrt(batch / 640)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,8 +356,11 @@ class Log:
         self.most = max(self.most, line["prototypes_in_use"])
         if line["epoch"] <= self.s.warmup_epochs:
             return
-        if line["loss"] > 0.99 * self.ln_n:
-            yield f"the loss is still ln N = {self.ln_n:.3f}, what a network says that has learned nothing"
+        if line["loss"] > 1.05 * self.ln_n:
+            yield (f"the loss, {line['loss']:.3f}, is above ln N = {self.ln_n:.3f}, which knowing nothing would give: "
+                   f"the learning rate may be too high")
+        elif line["loss"] > 0.99 * self.ln_n:
+            yield f"the loss, {line['loss']:.3f}, is not below ln N = {self.ln_n:.3f}: the network has learned nothing"
         if line["rank"] < 2:
             yield f"the features of the batch have rank {line['rank']:.1f}: they are all but one vector"
         if line["prototypes_in_use"] <= max(2, self.most / 4):

@@ -1,10 +1,9 @@
 // What the CPU's two files share: vectors, exp2, how work is split.
 //
-// Vectors. The functions marked CLONES are compiled for AVX-512, AVX2 and the base machine, and the loader picks one
-// when the program starts; their loops are written for the compiler to vectorise (-fopenmp-simd). Sums over a row run
-// in vector lanes, so machines with other vectors round differently, within the tests' tolerance (1e-5 on D in
-// float32).
+// The loops of functions marked CLONES are written for the compiler to vectorise (-fopenmp-simd). Sums over a row run in
+// vector lanes, so machines with other vectors round differently, within the tests' tolerance (1e-5 on D in float32).
 #pragma once
+#include "clones.h"
 #include "goca.h"
 
 #include <ATen/Parallel.h>
@@ -15,12 +14,6 @@
 #include <limits>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-#define INLINE inline __attribute__((always_inline))
 #define PRAGMA(text) _Pragma(#text)
 #define SIMD PRAGMA(omp simd)
 #define SIMD_SUM(...) PRAGMA(omp simd reduction(+ : __VA_ARGS__))

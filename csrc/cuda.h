@@ -1,4 +1,4 @@
-// The CUDA kernels' entry points (cuda.cu); as goca.h, without torch. They return before the device is done, never wait
+// The CUDA kernels' entry points (cuda_*.cu); as goca.h, without torch. They return before the device is done, never wait
 // for it, allocate nothing, and may be captured in a CUDA graph. A failed launch throws std::runtime_error.
 #pragma once
 #include <cuda_runtime.h>

@@ -1,5 +1,5 @@
-// What bindings.cpp hands to the kernels (cpu_assign.cpp, cpu_loss.cpp, cuda.cu): pointers, sizes and numbers, nothing
-// of torch.
+// What bindings.cpp hands to the kernels (cpu_assign.cpp, cpu_loss.cpp, cuda_assign.cu, cuda_loss.cu): pointers, sizes and
+// numbers, nothing of torch.
 //
 // Both devices run the same algorithm. Everything lives in base 2, where exp2 is cheapest. One problem is one crop of
 // one view, its logarithm of K (Eq. 10)

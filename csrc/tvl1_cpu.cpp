@@ -7,12 +7,12 @@
 // row behind the other, on rows still in the second-level cache, gain nothing (tried with 2, 4 and 8): what they did
 // after the stop test has to be undone and repeated.
 //
-// Vectors: functions marked CLONES are compiled for AVX-512, AVX2 and the base machine, picked when the program starts.
-// Each pixel's operations are the same in all. The sum of the stop test is in double, where its order decides nothing.
+// Each pixel's operations are the same with any vectors (clones.h). The sum of the stop test is in double, where its order decides nothing.
 //
 // Rows are padded to whole vectors. What lies in the padding stays zero: no gradient, no data term, p cut off at w-1.
 //
 // Memory: 12 planes of floats and the pyramids a thread, some 7 MB at 320x240.
+#include "clones.h"
 #include "tvl1.h"
 
 #include <ATen/Parallel.h>
@@ -29,12 +29,6 @@
 #else
 #pragma GCC optimize("fp-contract=off", "no-trapping-math", "no-math-errno")
 #endif
-#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-#define INLINE inline __attribute__((always_inline))
 
 namespace goca::tvl1::cpu {
 namespace {

@@ -1,8 +1,8 @@
 // TV-L1 on NVIDIA GPUs: what the host does. The algorithm: tvl1.py; why the order of each operation counts: tvl1.h; the
 // kernels: tvl1_kernels.cuh.
 //
-// A batch of pairs goes through the pyramid together. Pairs need from 10 to 300 iterations after a warp (25 on average
-// of films), and end on the device. Every CHECK iterations the host learns which go on, without the device waiting for
+// A batch of pairs goes through the pyramid together. Pairs end on the device, after few iterations of a warp or after
+// all that are allowed. Every CHECK iterations the host learns which go on, without the device waiting for
 // it, and launches blocks for these alone.
 //
 // Runs repeat bit for bit, whatever the batch. Never run on a GPU so far: checked by tests/test_tvl1_cuda_on_cpu.py,

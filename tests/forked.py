@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch._dynamo  # torch.optim would, in every fork
 import torch.distributed as dist
+from gpu_kernels import GpuKernels
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import data
@@ -230,12 +231,13 @@ def shares(argv, root, batch, worlds):
             assert end(pid) == 0, "\n".join(Path(f"{root}/said{r}").read_text() for r in range(world))
 
 
-def gradients_of(method, videos):
+def gradients_of(method, videos, more):
     """This process's part of a step of `videos` videos against the step in one process, in float64."""
     in_double()
     s = pretrain.arguments(["--videos", "v", "--flow", "f", "--prototypes", "p", "--out", "o", "--width", "0.125",
-                            "--hidden", "16", "--method", method])
+                            "--hidden", "16", "--method", method, *more])
     rank, world, guided = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), method == "goca"
+    frozen = "flow" if method == "vicc" else None
 
     def net():
         return model.two_view(vars(s), torch.randn(24, 16, generator=torch.Generator().manual_seed(5)))
@@ -243,73 +245,35 @@ def gradients_of(method, videos):
     g = torch.Generator().manual_seed(1)
     clips = {view: torch.randn(videos, 2, c, 8, 32, 32, generator=g) for view, c in model.CHANNELS.items()}
     one = net()
-    whole = pretrain.step_loss(one, [clips], s, guided)[0]
+    whole = pretrain.step_loss(one, [clips], s, guided, frozen)[0]
     whole.backward()
     dist.init_process_group("gloo")
     several = processes.synchronise_batch_norm(net())
-    shared = processes.share_gradients(several, torch.device("cpu"))
+    shared = processes.share_gradients(several, torch.device("cpu"), frozen is not None)
     rows = [videos // world + (r < videos % world) for r in range(world)]
     own = slice(sum(rows[:rank]), sum(rows[:rank + 1]))
-    loss = pretrain.step_loss(shared, [{k: v[own] for k, v in clips.items()}], s, guided, rows=rows)[0]
+    loss = pretrain.step_loss(shared, [{k: v[own] for k, v in clips.items()}], s, guided, frozen, rows)[0]
     loss.backward()
     mean = loss.detach().clone()
     dist.all_reduce(mean)
     assert abs(mean.item() / world - whole.item()) < 1e-9 * whole.item(), (mean / world, whole)
-    largest = max(p.grad.norm() for p in one.parameters())
+    largest = max(p.grad.norm() for p in one.parameters() if p.grad is not None)
     for (name, a), b in zip(one.named_parameters(), several.parameters(), strict=True):
+        if a.grad is None:  # of the view that does not learn
+            assert b.grad is None or not b.grad.any(), name
+            continue
         # a bias before batch norm has gradient 0
         assert (a.grad - b.grad).norm() < 1e-6 * a.grad.norm() + 1e-9 * largest, name
     for (name, a), b in zip(one.named_buffers(), several.buffers(), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-8, atol=1e-8, msg=name)
 
 
-def gradients(method, world, videos, said):
-    for rank, pid in enumerate(start_ranks(world, gradients_of, method, videos, said=said)):
+def gradients(method, world, videos, more, said):
+    for rank, pid in enumerate(start_ranks(world, gradients_of, method, videos, more, said=said)):
         assert end(pid) == 0, Path(f"{said}{rank}").read_text()
 
 
 # --- batch norm on GPUs ----------------------------------------------------------------------------------------------
-def sums(x):
-    return x.transpose(0, 1).flatten(1).sum(1)
-
-
-def at(values, x):
-    return values.view(-1, *[1] * (x.ndim - 2))
-
-
-class GpuKernels:
-    """What torch's kernels of these names give, on the CPU."""
-
-    @staticmethod
-    def batch_norm_stats(x, eps):
-        mean = sums(x) / (x.numel() / x.shape[1])
-        return mean, (sums((x - at(mean, x)) ** 2) / (x.numel() / x.shape[1]) + eps).rsqrt()
-
-    @staticmethod
-    def batch_norm_gather_stats_with_counts(x, means, invstds, running_mean, running_var, momentum, eps, counts):
-        share, total = (counts / counts.sum())[:, None], counts.sum()
-        mean = (share * means).sum(0)
-        var = (share * (invstds ** -2 - eps + (means - mean) ** 2)).sum(0)
-        running_mean.lerp_(mean, momentum)
-        running_var.lerp_(var * total / (total - 1), momentum)
-        return mean, (var + eps).rsqrt()
-
-    @staticmethod
-    def batch_norm_elemt(x, weight, bias, mean, invstd, eps):
-        return (x - at(mean, x)) * at(invstd * weight, x) + at(bias, x)
-
-    @staticmethod
-    def batch_norm_backward_reduce(grad, x, mean, invstd, weight, *wanted):
-        of_grad, with_x = sums(grad), sums(grad * (x - at(mean, x)))
-        return of_grad, with_x, with_x * invstd, of_grad
-
-    @staticmethod
-    def batch_norm_backward_elemt(grad, x, mean, invstd, weight, of_grad, with_x, counts):
-        assert counts.dtype == torch.int32
-        inner = at(of_grad, x) + (x - at(mean, x)) * at(invstd ** 2 * with_x, x)
-        return (grad - inner / counts.sum()) * at(invstd * weight, x)
-
-
 def gpu_batch_norm(rows):
     """Two steps of processes with `rows` samples each against one process with all, in float64."""
     for name in vars(GpuKernels):

@@ -1,4 +1,4 @@
-"""The CUDA kernels' logic without a GPU: csrc/cuda.cu, compiled by g++ over a small stand-in for CUDA (cuda_on_cpu/).
+"""The CUDA kernels' logic without a GPU: csrc/cuda_*.cu, compiled by g++ over a small stand-in for CUDA (cuda_on_cpu/).
 
 Each CUDA thread runs as a fibre that yields at barriers. Checked: equality with the reference, both forms of launch,
 that the order in which threads run changes no bit. Not checked, for it needs a GPU: speed, memory coherence, launches.
@@ -27,7 +27,7 @@ class Call(ctypes.Structure):  # as in cuda_on_cpu/run.cpp
 
 
 class Card:
-    """cuda.cu on a card of 3 blocks at once."""
+    """The kernels on a card of 3 blocks at once."""
 
     def __init__(self, path, l2_bytes):
         self.library, self.l2_bytes = ctypes.CDLL(str(path)), l2_bytes

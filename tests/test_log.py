@@ -75,7 +75,8 @@ LN_N = math.log(100)
 
 
 @pytest.mark.parametrize(("line", "words"), [
-    ({}, None), ({"loss": 0.98 * LN_N}, None), ({"loss": 0.995 * LN_N}, "ln N"), ({"loss": 1.2 * LN_N}, "ln N"),
+    ({}, None), ({"loss": 0.98 * LN_N}, None), ({"loss": 0.995 * LN_N}, "is not below ln N"),
+    ({"loss": 1.2 * LN_N}, "is above ln N"),
     ({"rank": 2.1}, None), ({"rank": 1.9}, "rank"), ({"prototypes_in_use": 21}, None),
     ({"prototypes_in_use": 20}, "in use, of 80 before"), ({"prototypes_in_use": 3}, "in use, of 80 before"),
     ({"epoch": 2.0, "loss": LN_N, "rank": 1.0, "prototypes_in_use": 1}, None)])  # the warm-up

@@ -326,10 +326,11 @@ def test_processes_equal_one_process_on_the_whole_batch(rows, tmp_path):
 # CUDA
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on the PATH")
+@pytest.mark.parametrize("file", ["cuda_assign.cu", "cuda_loss.cu"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_nvcc_compiles_the_kernels_without_torch(arch, tmp_path):
+def test_nvcc_compiles_the_kernels_without_torch(arch, file, tmp_path):
     run = subprocess.run(["nvcc", "-std=c++17", "-O3", "-cubin", f"-arch={arch}", "-Xptxas", "-v", "-o",
-                          str(tmp_path / "cuda.cubin"), str(ROOT / "csrc" / "cuda.cu")], capture_output=True, text=True)
+                          str(tmp_path / "cuda.cubin"), str(ROOT / "csrc" / file)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     registers = [int(x) for x in re.findall(r"Used (\d+) registers", run.stderr)]
     spills = [int(x) for x in re.findall(r"(\d+) bytes spill stores", run.stderr)]

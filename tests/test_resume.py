@@ -29,10 +29,11 @@ def test_killed_at_20_random_points_a_run_ends_in_the_same_bits(tiny, forked, tm
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("method", "world", "videos"), [("goca", 2, 6), ("sep", 2, 6), ("goca", 3, 7)])
-def test_processes_have_the_loss_and_gradients_of_one(forked, tmp_path, method, world, videos):
+@pytest.mark.parametrize(("method", "world", "videos", "more"), [
+    ("goca", 2, 6, []), ("sep", 2, 6, []), ("goca", 3, 7, []), ("vicc", 2, 6, ["--train-prototypes"])])
+def test_processes_have_the_loss_and_gradients_of_one(forked, tmp_path, method, world, videos, more):
     """gloo; even and uneven parts against the whole batch; batch norm and the assignment included; float64."""
-    forked("gradients", method=method, world=world, videos=videos, said=tmp_path / "said")
+    forked("gradients", method=method, world=world, videos=videos, more=more, said=tmp_path / "said")
 
 
 @pytest.mark.parametrize("rows", [(3, 4), (5, 1, 2)])

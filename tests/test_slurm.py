@@ -1,6 +1,7 @@
 """presets/slurm.sh against stand-ins for Slurm's commands, which do what its manuals say."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import processes
 
 ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "presets" / "slurm.sh"
 SCONTROL = """#!/bin/bash
 echo "scontrol $@" >> {folder}/said; echo first; echo second
 """
@@ -43,7 +45,7 @@ import os, signal, sys, time
 e = os.environ
 with open("{folder}/said", "a") as f:
     f.write(f"{{e['RANK']}}/{{e['WORLD_SIZE']}} {{e['LOCAL_RANK']}}/{{e['LOCAL_WORLD_SIZE']}} "
-            f"{{e['MASTER_ADDR']}}:{{e['MASTER_PORT']}} {{' '.join(sys.argv[1:])}}\\n")
+            f"{{e['MASTER_ADDR']}}:{{e['MASTER_PORT']}} {{sys.argv[1:]}}\\n")
 status = {statuses}[int(e["RANK"])]
 signal.signal(signal.SIGUSR1, lambda *_: os._exit(138))
 if status == "waits":  # for the other, in a collective
@@ -52,16 +54,15 @@ sys.exit(status)
 """
 
 
-def start(folder, statuses):
+def start(folder, statuses, arguments=("@presets/one-gpu", "--out", "a b"), **environment):
     """The script with processes that leave with `statuses` -> Popen."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("interpreter", INTERPRETER)):
         (folder / name).write_text(text.format(folder=folder, python=sys.executable, statuses=statuses))
         (folder / name).chmod(0o755)
-    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": "interpreter", "SLURM_JOB_ID": "70007",
-                   "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
-                   "SLURM_CPUS_PER_TASK": "3"}
-    return subprocess.Popen(["bash", ROOT / "presets" / "slurm.sh", "@presets/one-gpu", "--out", "a b"], cwd=folder,
-                            env=environment)
+    environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": "interpreter", "SLURM_JOB_ID": "70007",
+                    "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+                    "SLURM_CPUS_PER_TASK": "3"}
+    return subprocess.Popen(["bash", SCRIPT, *arguments], cwd=folder, env=environment)
 
 
 @pytest.mark.parametrize(("statuses", "status", "again"), [
@@ -72,10 +73,28 @@ def test_the_script_starts_a_process_a_gpu_and_itself_again(tmp_path, statuses, 
     assert start(tmp_path, statuses).wait(30) == status
     said = (tmp_path / "said").read_text().splitlines()
     assert said[0] == "scontrol show hostnames n[1-2]"
-    assert sorted(said[1:3]) == ["0/2 0/2 first:30007 pretrain.py @presets/one-gpu --out a b",
-                                 "1/2 1/2 first:30007 pretrain.py @presets/one-gpu --out a b"]
+    told = ["pretrain.py", "@presets/one-gpu", "--out", "a b"]
+    assert sorted(said[1:3]) == [f"0/2 0/2 first:30007 {told}", f"1/2 1/2 first:30007 {told}"]
     assert said[3:] == (["scontrol requeue 70007"] if again else [])
     assert {p.name for p in tmp_path.iterdir()} == {"said", "srun", "scontrol", "interpreter"}
+
+
+def test_arguments_come_through_as_they_are(tmp_path):
+    arguments = ["@presets/one-gpu", "--videos", "x*y", "$HOME", "it's", ""]
+    assert start(tmp_path, [0, 0], arguments).wait(30) == 0
+    assert (tmp_path / "said").read_text().count(str(["pretrain.py", *arguments])) == 2
+
+
+@pytest.mark.parametrize(("restarts", "again"), [("49", True), ("50", False), ("51", False)])
+def test_a_job_is_put_back_fifty_times(tmp_path, restarts, again):
+    assert start(tmp_path, [75, 75], SLURM_RESTART_COUNT=restarts).wait(30) == 75
+    assert ("requeue" in (tmp_path / "said").read_text()) == again
+
+
+def test_what_is_asked_of_slurm():
+    """The warning goes to the processes and leaves time to save; a job that is put back adds to its output."""
+    asked = re.findall(r"^#SBATCH --(\S+)$", SCRIPT.read_text(), re.MULTILINE)
+    assert {"signal=USR1@300", "requeue", "open-mode=append"} <= set(asked)
 
 
 def test_the_warning_before_the_end_reaches_the_processes_through_their_shells(tmp_path):

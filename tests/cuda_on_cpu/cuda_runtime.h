@@ -163,27 +163,24 @@ void run(dim3 grid, dim3 block, size_t shared, bool at_once, F f) {
 
 inline void __syncthreads() { emulated::wait(emulated::current->home->barrier); }
 
+namespace emulated {
 template <typename T>
-T __shfl_xor_sync(unsigned, T x, int offset) {
-  auto& block = *emulated::current->home;
+T of_thread(unsigned other, T x) {  // the x of a thread of the same warp
+  Block& block = *current->home;
   const unsigned t = threadIdx.x;
   std::memcpy(&block.shuffle[t], &x, sizeof(T));
-  emulated::wait(block.warps[t / 32]);
-  std::memcpy(&x, &block.shuffle[t ^ offset], sizeof(T));
-  emulated::wait(block.warps[t / 32]);
+  wait(block.warps[t / 32]);
+  std::memcpy(&x, &block.shuffle[other], sizeof(T));
+  wait(block.warps[t / 32]);
   return x;
 }
+}  // namespace emulated
 
 template <typename T>
-T __shfl_sync(unsigned, T x, int lane) {
-  auto& block = *emulated::current->home;
-  const unsigned t = threadIdx.x;
-  std::memcpy(&block.shuffle[t], &x, sizeof(T));
-  emulated::wait(block.warps[t / 32]);
-  std::memcpy(&x, &block.shuffle[t / 32 * 32 + lane], sizeof(T));
-  emulated::wait(block.warps[t / 32]);
-  return x;
-}
+T __shfl_xor_sync(unsigned, T x, int offset) { return emulated::of_thread(threadIdx.x ^ offset, x); }
+
+template <typename T>
+T __shfl_sync(unsigned, T x, int lane) { return emulated::of_thread(threadIdx.x / 32 * 32 + lane, x); }
 
 inline void __threadfence() {}
 

@@ -1,5 +1,6 @@
-// csrc/cuda.cu on the CPU for test_cuda_on_cpu.py (ctypes): contiguous arrays in, as bindings.cpp would hand them over.
-#include "../../csrc/cuda.cu"
+// csrc/cuda_*.cu on the CPU for test_cuda_on_cpu.py (ctypes): contiguous arrays in, as bindings.cpp would hand them over.
+#include "../../csrc/cuda_assign.cu"
+#include "../../csrc/cuda_loss.cu"
 
 // All that a call needs, with every size and number in one place; unused ones are zero or null. test_cuda_on_cpu.py
 // mirrors it.

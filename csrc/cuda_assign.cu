@@ -1,7 +1,6 @@
-// The operator on NVIDIA GPUs (Eqs. 5-10, 12-13). The algorithm and why it is safe: goca.h. No torch here: nvcc alone
-// compiles this file, and tests/cuda_on_cpu/ runs it without a GPU.
+// The assignment on NVIDIA GPUs (Eqs. 5-10). The algorithm and why it is safe: goca.h.
 //
-// Assignment. The rounds are a sequence of small phases, each a function over all problems and chunks of CUDA_CHUNK = 8
+// The rounds are a sequence of small phases, each a function over all problems and chunks of CUDA_CHUNK = 8
 // rows. In the column phases a thread owns columns and walks down the chunk's rows, so that loads are coalesced; in
 // `sweep` a warp first owns a row and sums it for u_i, and then threads own columns again for the next round's sums,
 // the chunk still in the first-level cache. Partial column sums are joined in a fixed order, in double, without
@@ -10,58 +9,20 @@
 // across the grid; beyond, each phase is a launch of its own (`each_phase` is the one sequence for both). Nothing is
 // read through the read-only cache that another block writes.
 //
-// Loss. A block owns a sample of one view, its warps the crops. Targets are formed once in shared memory where they
-// fit. Two passes over a row: max and sums, then the gradient, the exponential being cheaper than a store.
-//
 // Types: sums within a row in T, across rows and chunks in double. Sizes and indices are 64 bit.
-#include "cuda.h"
+#include "cuda.cuh"
 
 #include <cooperative_groups.h>
 
-#include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <stdexcept>
-#include <string>
 
 namespace goca::cuda {
 namespace {
 
-constexpr int THREADS = 256, WARP = 32, WARPS = THREADS / WARP;
-constexpr int64_t MOST_BLOCKS = 1 << 20;       // a launch takes more by strides
-constexpr size_t TARGETS_IN_SHARED = 48 << 10;  // bytes that every card grants a block
+constexpr size_t PHASE_SHARED = THREADS * sizeof(double);
 constexpr int MOST_DEVICES = 64;
-constexpr unsigned ALL_LANES = 0xffffffff;
 
 static_assert(WARPS == CUDA_CHUNK, "in a sweep each warp owns one row of the chunk");
-
-#ifndef GOCA_EMULATED
-template <typename T>
-__device__ T* shared_memory() {
-  extern __shared__ double bytes[];
-  return reinterpret_cast<T*>(bytes);
-}
-#endif
-
-__device__ inline float power(float t) { return exp2f(t); }
-__device__ inline double power(double t) { return exp2(t); }
-
-template <typename T>
-__device__ T larger(T a, T b) {
-  return a > b ? a : b;
-}
-
-template <typename T>
-__device__ T warp_sum(T x) {
-  for (int offset = WARP / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(ALL_LANES, x, offset);
-  return x;
-}
-
-template <typename T>
-__device__ T warp_max(T x) {
-  for (int offset = WARP / 2; offset > 0; offset /= 2) x = larger(__shfl_xor_sync(ALL_LANES, x, offset), x);
-  return x;
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Assignment: the phases
@@ -302,107 +263,8 @@ __global__ void __launch_bounds__(THREADS) one_phase(Phase phase, const __grid_c
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Loss and gradient
-// ---------------------------------------------------------------------------------------------------------------------
-// D_j of assigning crop k for sample i of a view
-template <typename T>
-__device__ T target(const LossArgs<T>& a, int64_t view, int64_t k, int64_t i, int64_t j) {
-  if (a.log_targets.data) {
-    const Stack<T>& t = a.log_targets;
-    return power(T(LOG2E) * t.data[view * t.view + k * t.crop + i * t.row + j]);
-  }
-  const int64_t b = view * a.assigning + k, row = b * a.M + a.first_row + i;
-  return a.solved.u[row] * a.solved.E[row * a.N + j] * a.solved.v[b * a.N + j];
-}
-
-// As in cpu_loss.cpp: with t = sum of D over the assigning crops but this one,
-//   loss += sum(t) (max / tau + log sum exp((S - max) / tau)) - <t, S> / tau,   dloss/dS = (sum(t) softmax - t) / tau
-template <typename T>
-__global__ void __launch_bounds__(THREADS) sample_loss(LossArgs<T> a, bool in_shared) {
-  double* crop_terms = shared_memory<double>();             // [crops]
-  T* targets = reinterpret_cast<T*>(crop_terms + a.crops);  // [assigning, N] if in_shared
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-  const int64_t N = a.N, A = a.assigning;
-  const T scale = T(LOG2E * a.inverse_temperature), gradient_scale = T(a.weight * a.inverse_temperature);
-  for (int64_t item = blockIdx.x; item < a.views * a.m; item += gridDim.x) {
-    const int64_t view = item / a.m, i = item % a.m;
-    if (in_shared) {
-      for (int64_t k = 0; k < A; ++k) {
-        for (int64_t j = threadIdx.x; j < N; j += blockDim.x) targets[k * N + j] = target(a, view, k, i, j);
-      }
-      __syncthreads();
-    }
-    for (int64_t crop = warp; crop < a.crops; crop += warps) {
-      const T* S = a.scores.data + view * a.scores.view + crop * a.scores.crop + i * a.scores.row;
-      const auto t_of = [&](int64_t j) {  // the sum over the other assigning crops
-        T t = 0;
-        for (int64_t k = 0; k < A; ++k) {
-          if (k != crop) t += in_shared ? targets[k * N + j] : target(a, view, k, i, j);
-        }
-        return t;
-      };
-      T top = -INFINITY, sum = 0, mass = 0, distance = 0;  // distance: <t, max - S>
-      for (int64_t j = lane; j < N; j += WARP) top = larger(S[j], top);
-      top = warp_max(top);
-      for (int64_t j = lane; j < N; j += WARP) {
-        const T below = S[j] - top, t = t_of(j);
-        sum += power(scale * below);
-        mass += t;
-        distance -= t * below;
-      }
-      sum = warp_sum(sum), mass = warp_sum(mass), distance = warp_sum(distance);
-      if (a.gradient) {
-        T* g = a.gradient + ((view * a.crops + crop) * a.m + i) * N;
-        const T softmax = gradient_scale * mass / sum;
-        for (int64_t j = lane; j < N; j += WARP) {
-          g[j] = softmax * power(scale * (S[j] - top)) - gradient_scale * t_of(j);
-        }
-      }
-      if (lane == 0) crop_terms[crop] = double(mass) * log(double(sum)) + double(distance) * a.inverse_temperature;
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      double loss = 0;
-      for (int64_t crop = 0; crop < a.crops; ++crop) loss += crop_terms[crop];
-      a.terms[item] = loss * a.weight;
-    }
-    __syncthreads();
-  }
-}
-
-// One block: the samples' parts in a fixed order.
-template <typename T>
-__global__ void __launch_bounds__(THREADS) total_loss(LossArgs<T> a) {
-  double* parts = shared_memory<double>();  // [THREADS]
-  double sum = 0;
-  for (int64_t item = threadIdx.x; item < a.views * a.m; item += THREADS) sum += a.terms[item];
-  parts[threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int k = 1; k < THREADS; ++k) sum += parts[k];
-    *a.loss = T(sum);
-  }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
 // Host side
 // ---------------------------------------------------------------------------------------------------------------------
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("goca: ") + what + ": " + cudaGetErrorString(error));
-}
-
-template <typename... Args>
-void launch(const char* name, void (*kernel)(Args...), bool cooperative, int64_t blocks, int threads, size_t shared,
-            cudaStream_t stream, Args... args) {
-  void* pointers[] = {&args...};
-  const dim3 grid(static_cast<unsigned>(std::min(blocks, MOST_BLOCKS))), block(static_cast<unsigned>(threads));
-  check(cooperative ? cudaLaunchCooperativeKernel(kernel, grid, block, pointers, shared, stream)
-                    : cudaLaunchKernel(kernel, grid, block, pointers, shared, stream),
-        name);
-}
-
-constexpr size_t PHASE_SHARED = THREADS * sizeof(double);
-
 struct Card {
   std::atomic<int64_t> l2_bytes{0}, blocks{0};  // blocks that run at once: the most a barrier across the grid allows
 };
@@ -456,20 +318,9 @@ void log_assignment(const AssignArgs<T>& a, const Solved<T>& s, cudaStream_t str
          final_weights(a));
 }
 
-template <typename T>
-void swapped_loss(const LossArgs<T>& a, cudaStream_t stream) {
-  const size_t terms = a.crops * sizeof(double), targets = a.assigning * a.N * sizeof(T);
-  const bool in_shared = terms + targets <= TARGETS_IN_SHARED;
-  const int threads = WARP * static_cast<int>(std::min<int64_t>(a.crops, WARPS));
-  const size_t shared = terms + (in_shared ? targets : 0);
-  launch("sample_loss", sample_loss<T>, false, a.views * a.m, threads, shared, stream, a, in_shared);
-  launch("total_loss", total_loss<T>, false, 1, THREADS, PHASE_SHARED, stream, a);
-}
-
-#define INSTANTIATE(T)                                                                   \
-  template void solve<T>(const AssignArgs<T>&, const Solved<T>&, cudaStream_t);          \
-  template void log_assignment<T>(const AssignArgs<T>&, const Solved<T>&, cudaStream_t); \
-  template void swapped_loss<T>(const LossArgs<T>&, cudaStream_t);
+#define INSTANTIATE(T)                                                          \
+  template void solve<T>(const AssignArgs<T>&, const Solved<T>&, cudaStream_t); \
+  template void log_assignment<T>(const AssignArgs<T>&, const Solved<T>&, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 
