@@ -56,7 +56,7 @@ SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g
 sanitize: $(VENV)/installed
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
-	cp -r *.py pytest.ini csrc tests experiments presets $(SANITIZED)
+	cp -r *.py pyproject.toml csrc support tests experiments presets launch $(SANITIZED)
 	cd $(SANITIZED) && GOCA_CXXFLAGS="$(SANITIZERS)" $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 GOCA_CXXFLAGS="$(SANITIZERS)" $(abspath $(BIN))/python -m pytest -q -k "not nvcc" \

@@ -1,7 +1,7 @@
 """Videos in, clips out: clip sampling and augmentation (paper section 4).
 
-In   videos (videos.py finds them by the data sets' official lists) and the optical flow that flow.py wrote (the flow
-     store; its format is in stores.py), perhaps its store of RGB too, which is then read in place of the videos.
+In   videos (support/datasets.py finds them by the data sets' official lists) and the optical flow that flow.py wrote
+     (the flow store, support/stores.py), perhaps its store of RGB too, which is then read in place of the videos.
 Out  training: for each video the clips of both views, "2 long + 4 short" (multi-temporal-resolution, section 4), RGB
      and flow of one clip cut from the same frames, the same place and with the same flip.
      testing: 3 spatial x 10 temporal views, or sliding windows, without augmentation.
@@ -25,30 +25,9 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from checkpoints import last_checkpoint, load_checkpoint, save_checkpoint, save_run  # noqa: F401  (likewise)
-from loader import Clips, Loader, keep_memory, start_worker  # noqa: F401  (for those who read clips)
-from stores import (  # noqa: F401  (the stages' door to the file formats)
-    BOUND,
-    AviReader,
-    AviWriter,
-    BadInput,
-    FlowStore,
-    Help,
-    RgbStore,
-    Unreadable,
-    atomic,
-    check_writable,
-    command_line,
-    dequantise,
-    load_arrays,
-    quantise,
-    rgb_settings,
-    save_arrays,
-    say,
-    shrink,
-    write_avi,
-)
-from videos import DATASETS, VIDEO_SUFFIXES, Video, VideoSet, decode, find_videos, frames_at, read_split, scan, within  # noqa: F401
+from support.errors import BadInput
+from support.loader import Clips
+from support.videos import frames_at, with_time_limit
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,7 +53,7 @@ def cut(frame, box, size):
     return cv2.resize(frame[y:y + side, x:x + side], (size, size), interpolation=how)
 
 
-def cut_alike(plane, box, size, h, w):
+def cut_same_region(plane, box, size, h, w):
     """Cut out of a plane [h', w'] of any resolution what `cut` takes out of an h x w frame of the same film.
 
     The frame's square falls between the plane's pixels; its place is kept to a fraction of a pixel, or to half a pixel
@@ -148,16 +127,20 @@ def cut_clips(frames, groups, size):
         u_v = planes[:len(planes) // 2], planes[len(planes) // 2:]
         for box, rgb, flow in uses[t]:
             cv2.cvtColor(cut(frame, box, size), cv2.COLOR_BGR2RGB, dst=rgb)
-            cv2.merge([cut_alike(plane, box, size, *frame.shape[:2]) for plane in u_v], dst=flow)
+            cv2.merge([cut_same_region(plane, box, size, *frame.shape[:2]) for plane in u_v], dst=flow)
     return {group: {view: torch.from_numpy(x) for view, x in views.items()} for group, views in out.items()}
 
 
-FAULTS = (BadInput, OSError, cv2.error)  # what a file may do to its reader
+READ_ERRORS = (BadInput, OSError, cv2.error)  # what a file may do to its reader
 
 
-def fault_of(video, error):
-    """One sentence that names the file."""
+def error_message(video, error):
+    """One message that names the file."""
     return str(error) if isinstance(error, BadInput) else f"{video.path} failed: {' '.join(str(error).split())}"
+
+
+# short side of a frame before the crop, over the crop's: 136-190 px over 128 for S3D, 128-160 over 112 for R(2+1)D-18
+SCALES = {"s3d": (136 / 128, 190 / 128), "r2plus1d18": (128 / 112, 160 / 112)}
 
 
 class TrainClips(Clips):
@@ -168,7 +151,7 @@ class TrainClips(Clips):
     blur sigma, for `augment`. Place, time and flip are shared by both views of a crop.
 
     scale: the short side to which a frame is resized before the size x size crop, over size, drawn uniformly from this
-    range (136-190 over 128 for S3D; 128-160 over 112 for R(2+1)D-18).
+    range (`SCALES`).
     cache: keep every decoded video in memory, for small data sets (3 + 2 bytes a pixel and frame).
     rgb: an RgbStore, to read in place of the videos; the clips are the same but for its JPEGs.
     A video that can't be read, or takes more than `time_limit` seconds, is replaced by another, drawn from the same
@@ -178,7 +161,7 @@ class TrainClips(Clips):
     JITTER, P_JITTER, P_GREY, P_BLUR = (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, 0.5
 
     def __init__(self, videos, store, *, frames=32, short_frames=16, n_long=2, n_short=4, size=128, stride=1,
-                 scale=(136 / 128, 190 / 128), seed=0, cache=False, time_limit=60, rgb=None):
+                 scale=SCALES["s3d"], seed=0, cache=False, time_limit=60, rgb=None):
         super().__init__(videos)
         self.store, self.rgb, self.size = store, rgb, size
         self.stride, self.scale, self.seed, self.time_limit = stride, scale, seed, time_limit
@@ -206,10 +189,10 @@ class TrainClips(Clips):
             video = self.videos[index]
             try:
                 with self.reading(index):
-                    crops = within(self.time_limit, video.path, self._crops, video, rng)
+                    crops = with_time_limit(self.time_limit, video.path, self._crops, video, rng)
                 return {**crops, "index": index, "fault": fault}
-            except FAULTS as e:
-                fault = fault or fault_of(video, e)
+            except READ_ERRORS as e:
+                fault = fault or error_message(video, e)
         raise BadInput(f"100 videos in a row can't be read; the first: {fault}")
 
     def _open(self, video):
@@ -262,8 +245,8 @@ class TestClips(Clips):
         try:
             with self.reading(index):
                 return {**self._views(self.videos[index]), "index": index}
-        except FAULTS as e:
-            return {"index": index, "fault": fault_of(self.videos[index], e)}
+        except READ_ERRORS as e:
+            return {"index": index, "fault": error_message(self.videos[index], e)}
 
     def _views(self, video):
         flow, _ = open_views(video, self.store)
@@ -277,7 +260,7 @@ class TestClips(Clips):
         return {**cut, "weight": torch.tensor([n / sum(count.values()) for n in count.values()])}
 
 
-class Batches(Sampler):
+class EpochBatches(Sampler):
     """Batches of (epoch, index) for one process out of `world`, from global step `start` to the last epoch's end.
 
     Every epoch is a new permutation from (seed, epoch); the global batch is the same however many processes share it.

@@ -29,13 +29,20 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-import classify
 import data
-import metrics
 import model
-import weights
-from features import NETWORK, Features, check_store, features, fingerprint, load_network, view_matrix
-from training import commit, start_processes
+from support.classifiers import FINETUNE, LINEAR, fit_clips, fit_features, predict_clips, predict_features
+from support.cli import Help, command_line
+from support.datasets import DATASETS, read_split
+from support.distributed import start_processes
+from support.errors import BadInput
+from support.features import NETWORK, Features, check_store, fingerprint, load_network, load_or_extract, view_matrix
+from support.files import atomic, check_writable
+from support.kmeans import kmeans
+from support.metrics import KS, accuracy, cluster_scores, nearest, recall
+from support.stores import FlowStore
+from support.training_log import commit
+from support.weights import export
 
 VIEWS = (*model.VIEWS, "rgb+flow")
 PRETRAINING = ("dataset", "split", "epochs", "global_batch", "optimizer", "lr", "lambda1", "lambda2", "prior_sign",
@@ -45,12 +52,12 @@ PRETRAINING = ("dataset", "split", "epochs", "global_batch", "optimizer", "lr", 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
-def labelled(s, split, subset):
-    """The labelled videos of a subset -> data.VideoSet; those without a label count as absent."""
-    found = data.read_split(s.dataset, s.videos, s.splits, split, subset)
+def labelled_videos(s, split, subset):
+    """The labelled videos of a subset -> VideoSet; those without a label count as absent."""
+    found = read_split(s.dataset, s.videos, s.splits, split, subset)
     videos = [v for v in found.videos if v.label >= 0]
     if not videos:
-        raise data.BadInput(f"{s.videos} has no labels, which {s.command} needs: put each class in a folder of its own")
+        raise BadInput(f"{s.videos} has no labels, which {s.command} needs: put each class in a folder of its own")
     bare = [f"{v.name} (of no class)" for v in found.videos if v.label < 0]
     return found._replace(videos=videos, absent=found.absent + bare)
 
@@ -60,14 +67,14 @@ def check_classes(train, test, classes):
     count = torch.bincount(train, minlength=len(classes))
     lacking = sorted({classes[i] for i in test.tolist() if count[i] == 0})
     if lacking:
-        raise data.BadInput(f"the test list has videos of {len(lacking)} classes of which no training video can be "
-                            f"read ({', '.join(lacking[:5])}): complete --videos, or take them off the test list")
+        raise BadInput(f"the test list has videos of {len(lacking)} classes of which no training video can be "
+                       f"read ({', '.join(lacking[:5])}): complete --videos, or take them off the test list")
     single = [name for name, n in zip(classes, count.tolist(), strict=True) if n == 1]
     if single:
         print(f"{len(single)} classes have one training video only: {', '.join(single[:5])}")
 
 
-def aligned(train, test):
+def with_common_classes(train, test):
     """Give both the classes of both: folders name theirs one by one, and one subset may lack some."""
     if train.classes == test.classes:
         return train, test
@@ -79,12 +86,12 @@ def aligned(train, test):
     return train._replace(classes=classes), test
 
 
-def both_subsets(env, split):
+def train_and_test_features(env, split):
     """Features of the training and the test list -> (train, test), None on rank > 0."""
-    lists = {subset: labelled(env.s, split, subset) for subset in ("train", "test")}  # a fault of either comes first
-    both = [features(env.net, found, env.store, env.s, env.device, f"split{split}-{subset}", env.rank, env.world)
+    lists = {subset: labelled_videos(env.s, split, subset) for subset in ("train", "test")}
+    both = [load_or_extract(env.net, found, env.store, env.s, env.device, f"split{split}-{subset}", env.rank, env.world)
             for subset, found in lists.items()]
-    return (None, None) if env.rank else aligned(*both)
+    return (None, None) if env.rank else with_common_classes(*both)
 
 
 def listed(videos):
@@ -94,8 +101,8 @@ def listed(videos):
 # ---------------------------------------------------------------------------------------------------------------------
 # The commands: each takes the environment and a split, and gives what goes into the JSON file (None on rank > 0)
 # ---------------------------------------------------------------------------------------------------------------------
-def extract_features(env, split):
-    train, test = both_subsets(env, split)
+def features_command(env, split):
+    train, test = train_and_test_features(env, split)
     if env.rank:
         return None
     return {"results": {v: {"train videos": len(train.videos), "test videos": len(test.videos),
@@ -104,22 +111,22 @@ def extract_features(env, split):
 
 
 def retrieval(env, split):
-    gallery, queries = both_subsets(env, split)
+    gallery, queries = train_and_test_features(env, split)
     if env.rank:
         return None
     check_classes(gallery.labels, queries.labels, gallery.classes)
-    s, k = env.s, min(max(metrics.KS), len(gallery.videos))
+    s, k = env.s, min(max(KS), len(gallery.videos))
     results, lists, by_class = {}, {}, {}
     for view in s.views:
         q, g = (view_matrix(f.values, view, s.protocol, s.fusion).to(env.device) for f in (queries, gallery))
-        near = metrics.nearest(q, g, k).cpu()
-        results[view] = metrics.recall(near, queries.labels, gallery.labels)
+        near = nearest(q, g, k).cpu()
+        results[view] = recall(near, queries.labels, gallery.labels)
         lists[view] = near[:, :10].tolist()
         by_class[view] = {}
         for i, name in enumerate(gallery.classes):
             own = queries.labels == i
             if own.any():
-                found = metrics.recall(near[own], queries.labels[own], gallery.labels)
+                found = recall(near[own], queries.labels[own], gallery.labels)
                 by_class[view][name] = {"videos": int(own.sum()), **{j: found[j] for j in ("R@1", "R@5") if j in found}}
     return {"results": results, "per_class": by_class, "left_out": gallery.left_out + queries.left_out,
             "classes": gallery.classes, "gallery": listed(gallery.videos), "queries": listed(queries.videos),
@@ -128,16 +135,16 @@ def retrieval(env, split):
 
 
 def cluster(env, split):
-    found = labelled(env.s, split, "test")
-    test = features(env.net, found, env.store, env.s, env.device, f"split{split}-test", env.rank, env.world)
+    found = labelled_videos(env.s, split, "test")
+    test = load_or_extract(env.net, found, env.store, env.s, env.device, f"split{split}-test", env.rank, env.world)
     if env.rank:
         return None
     s, k = env.s, len(test.labels.unique())
     results = {}
     for view in s.views:
         x = view_matrix(test.values, view, s.protocol, s.fusion).to(env.device)
-        labels, inertia = metrics.kmeans(x, k, s.runs, s.seed)
-        scores = {**metrics.cluster_scores(labels, test.labels, k), "inertia": inertia.cpu()}
+        labels, inertia = kmeans(x, k, s.runs, s.seed)
+        scores = {**cluster_scores(labels, test.labels, k), "inertia": inertia.cpu()}
         results[view] = {}
         for name, value in scores.items():
             results[view] |= {name: value.mean().item(), f"{name} deviation": value.std(correction=0).item()}
@@ -150,7 +157,7 @@ def classification(probabilities, test_videos, classes):
     """What `linear` and `finetune` report: {view: [n, classes]}, the n videos."""
     labels = torch.tensor([v.label for v in test_videos])
     predicted = {view: p.argmax(1) for view, p in probabilities.items()}
-    return {"results": {view: metrics.accuracy(p, labels) for view, p in probabilities.items()},
+    return {"results": {view: accuracy(p, labels) for view, p in probabilities.items()},
             "per_class": {view: {name: {"videos": int(own.sum()), "top-1": 100 * (p[own] == i).double().mean().item()}
                                  for i, name in enumerate(classes) if (own := labels == i).any()}
                           for view, p in predicted.items()},
@@ -172,15 +179,15 @@ def probabilities_by_view(s, predict):
 
 
 def linear_on_features(env, split):
-    train, test = both_subsets(env, split)
+    train, test = train_and_test_features(env, split)
     if env.rank:
         return None
     check_classes(train.labels, test.labels, train.classes)
 
     def predict(views):
-        classifier = classify.fit_features([train.values[v] for v in views], train.labels, len(train.classes),
-                                           env.recipe, env.s, env.device, f"linear probe, {'+'.join(views)}")
-        return classify.predict_features(classifier, [test.values[v] for v in views], env.device)
+        classifier = fit_features([train.values[v] for v in views], train.labels, len(train.classes),
+                                  env.recipe, env.s, env.device, f"linear probe, {'+'.join(views)}")
+        return predict_features(classifier, [test.values[v] for v in views], env.device)
 
     p = probabilities_by_view(env.s, predict)
     return {**classification(p, test.videos, train.classes), "left_out": train.left_out + test.left_out,
@@ -190,23 +197,23 @@ def linear_on_features(env, split):
 def on_clips(env, split):
     """`finetune`, and `linear --on clips`."""
     s, frozen = env.s, env.s.command == "linear"
-    train, test = aligned(labelled(s, split, "train"), labelled(s, split, "test"))
+    train, test = with_common_classes(labelled_videos(s, split, "train"), labelled_videos(s, split, "test"))
     without = [f"{v.name} (no flow)" for v in train.videos if v.name not in env.store]
     train = train._replace(videos=[v for v in train.videos if v.name in env.store], absent=train.absent + without)
     if not train.videos:
-        raise data.BadInput(f"{s.flow} holds the flow of no training video; run: python flow.py --videos {s.videos} "
-                            f"--out {s.flow}")
+        raise BadInput(f"{s.flow} holds the flow of no training video; run: python flow.py --videos {s.videos} "
+                       f"--out {s.flow}")
     check_classes(*(torch.tensor([v.label for v in f.videos]) for f in (train, test)), train.classes)
-    scale = s.scale or ([136 / 128, 190 / 128] if env.settings["arch"] == "s3d" else [128 / 112, 160 / 112])
+    scale = s.scale or data.SCALES[env.settings["arch"]]
     settings = {k: env.settings[k] for k in NETWORK} | {"scale": list(scale)}
     seen, faults = [], []
 
     def predict(views):
         what = f"{s.command}-split{split}-{'+'.join(views)}"
-        classifier = classify.fit_clips(env.net, list(views), train, env.store, env.recipe, s, settings, frozen, what,
-                                        env.device, env.rank, env.world)
-        p, kept, said = classify.predict_clips(classifier, test, env.store, s, env.device, f"{what}, test", env.rank,
-                                               env.world)
+        classifier = fit_clips(env.net, list(views), train, env.store, env.recipe, s, settings, frozen, what,
+                               env.device, env.rank, env.world)
+        p, kept, said = predict_clips(classifier, test, env.store, s, env.device, f"{what}, test", env.rank,
+                                      env.world)
         seen.append(kept)
         faults[:] = said
         return p
@@ -219,7 +226,7 @@ def on_clips(env, split):
             "protocol": {"train": len(train.videos), "test": len(seen[0]), "classes": len(train.classes)}}
 
 
-COMMANDS = {"features": extract_features, "retrieval": retrieval, "cluster": cluster, "linear": linear_on_features,
+COMMANDS = {"features": features_command, "retrieval": retrieval, "cluster": cluster, "linear": linear_on_features,
             "finetune": on_clips}
 
 
@@ -260,7 +267,7 @@ def mean_of_splits(each):
                    sum(r[view][k] for r in each) / len(each) for k in each[0][view]} for view in each[0]}
 
 
-def show(results):
+def print_results(results):
     """Print each view's numbers, with their standard error or deviation, and chance below."""
     first = next(iter(results.values()))
     names = [k for k in first if not k.endswith(("standard error", "chance", "deviation"))]
@@ -273,7 +280,7 @@ def show(results):
         print(f"{'chance':>10}" + "".join(f"{first[f'{k} chance']:10.1f}      " for k in names))
 
 
-def show_classes(by_class):
+def print_classes(by_class):
     """Print the numbers of each class by view."""
     views = list(by_class)
     for name, row in by_class[views[0]].items():
@@ -285,11 +292,11 @@ def show_classes(by_class):
 def evaluate(s):
     """Run a command on its splits, print and write what it gives -> exit status."""
     if s.command == "export":
-        weights.export(s.checkpoint, s.out)
+        export(s.checkpoint, s.out)
         print(f"written: {s.out}")
         return 0
     if s.json:
-        data.check_writable(s.json, "--json")
+        check_writable(s.json, "--json")
     device, rank, world = start_processes(s)
     net, settings = load_network(s)
     for k in NETWORK:
@@ -298,9 +305,9 @@ def evaluate(s):
         known = [v for v in VIEWS if set(v.split("+")) <= set(net.backbones)]
         s.views = s.views or known
         for v in (v for v in s.views if v not in known):
-            raise data.BadInput(f"--views {v}: --weights {s.checkpoint} holds a network for {known[0]} only; name "
-                                f"files for both: --weights rgb=FILE flow=FILE")
-    store = data.FlowStore(s.flow)
+            raise BadInput(f"--views {v}: --weights {s.checkpoint} holds a network for {known[0]} only; name "
+                           f"files for both: --weights rgb=FILE flow=FILE")
+    store = FlowStore(s.flow)
     check_store(store, settings, s)
     env = SimpleNamespace(s=s, net=net.to(device, memory_format=torch.channels_last_3d), settings=settings, store=store,
                           device=device, rank=rank, world=world, recipe=recipe_of(s))
@@ -317,11 +324,11 @@ def evaluate(s):
         out = {"protocol": protocol, "results": mean_of_splits([e["results"] for e in each]),
                "splits": dict(zip(map(str, s.split), each, strict=True))}
     print(json.dumps(protocol))
-    show(out["results"])
+    print_results(out["results"])
     if getattr(s, "per_class", False):
         for split, e in zip(s.split, each, strict=True):
             print(f"split {split}")
-            show_classes(e["per_class"])
+            print_classes(e["per_class"])
     left_out = [line for e in each for line in e["left_out"]]
     for line in left_out[:10]:
         print(f"left out: {line}")
@@ -331,7 +338,7 @@ def evaluate(s):
     seconds = time.perf_counter() - began
     print(f"{s.command} in {seconds:.0f} s on {world} process(es), {device}")
     if s.json:
-        with data.atomic(s.json) as tmp:
+        with atomic(s.json) as tmp:
             tmp.write_text(json.dumps({**out, "seconds": round(seconds, 1)}))
         print(f"written: {s.json}")
     return 0
@@ -344,7 +351,7 @@ def recipe_of(s):
     """The recipe of `linear` and `finetune` with what flags change, or None."""
     if "recipe" not in s:
         return None
-    recipe = (classify.LINEAR if s.command == "linear" else classify.FINETUNE)[s.recipe]
+    recipe = (LINEAR if s.command == "linear" else FINETUNE)[s.recipe]
     return recipe._replace(**{k: v for k, v in (("epochs", s.epochs), ("lr", s.lr)) if v is not None})
 
 
@@ -355,13 +362,13 @@ def arguments(argv=None):
              "cluster": "Acc, NMI, F1 of k-means (Table 6)", "linear": "linear probe (Table 8)",
              "finetune": "fine-tuning (Table 7)"}
     for name in COMMANDS:
-        c = commands.add_parser(name, help=about[name], formatter_class=data.Help)
+        c = commands.add_parser(name, help=about[name], formatter_class=Help)
         g = c.add_argument_group("input and output")
         of = g.add_mutually_exclusive_group(required=True)
         of.add_argument("--checkpoint", help="a run's folder, a checkpoint, or none (untrained network)")
         of.add_argument("--weights", nargs="+", metavar="[rgb=|flow=]FILE",
                         help="an export, or weights of the released GOCA, CoCLR, ViCC, or torchvision")
-        g.add_argument("--dataset", choices=data.DATASETS, default="folder")
+        g.add_argument("--dataset", choices=DATASETS, default="folder")
         g.add_argument("--videos", required=True, help="folder of videos")
         g.add_argument("--splits", help="folder of the data set's official lists")
         g.add_argument("--split", type=int, nargs="+", default=[1], choices=(1, 2, 3), help="several: also their mean")
@@ -403,21 +410,21 @@ def arguments(argv=None):
         s.checkpoint = " ".join(s.weights)
     for flag in ("frames", "stride", "size", "width", "runs", "batch_views", "batch_size", "epochs", "lr"):
         if getattr(s, flag, None) is not None and getattr(s, flag) <= 0:
-            raise data.BadInput(f"--{flag.replace('_', '-')} {getattr(s, flag)}: must be above 0")
+            raise BadInput(f"--{flag.replace('_', '-')} {getattr(s, flag)}: must be above 0")
     if s.split != [1] and s.dataset not in ("ucf101", "hmdb51"):
-        raise data.BadInput(f"--split {' '.join(map(str, s.split))}: {s.dataset} has one split; leave the flag out")
+        raise BadInput(f"--split {' '.join(map(str, s.split))}: {s.dataset} has one split; leave the flag out")
     if len(set(s.split)) < len(s.split):
-        raise data.BadInput(f"--split {' '.join(map(str, s.split))} names a split twice")
+        raise BadInput(f"--split {' '.join(map(str, s.split))} names a split twice")
     if s.command == "finetune" or getattr(s, "on", "") == "clips":
         if not s.out:
-            raise data.BadInput("--out is missing: the folder where training on clips keeps its checkpoints")
+            raise BadInput("--out is missing: the folder where training on clips keeps its checkpoints")
         if s.scale and not 1 <= s.scale[0] <= s.scale[1]:
-            raise data.BadInput(f"--scale {s.scale[0]} {s.scale[1]}: must be 1 <= LOW <= HIGH")
+            raise BadInput(f"--scale {s.scale[0]} {s.scale[1]}: must be 1 <= LOW <= HIGH")
     return s
 
 
 def train_arguments(c, name):
-    recipes = classify.LINEAR if name == "linear" else classify.FINETUNE
+    recipes = LINEAR if name == "linear" else FINETUNE
     g = c.add_argument_group("training")
     if name == "linear":
         g.add_argument("--on", choices=("features", "clips"), default="features",
@@ -433,4 +440,4 @@ def train_arguments(c, name):
 
 
 if __name__ == "__main__":
-    data.command_line(lambda: evaluate(arguments()))
+    command_line(lambda: evaluate(arguments()))

@@ -23,7 +23,8 @@ Time: some 0.08 s a pair of UCF101 on a core, by content, up to four times that 
 0.08 px away on average: for trials.
 
 The paper gives neither parameters nor resolution: these are OpenCV's defaults and the usual 256 px. u and v stay in
-pixels of the store's resolution. The methods: flow_solvers.py; from files to stores: flow_extract.py.
+pixels of the store's resolution. The methods: support/flow_methods.py; from files to stores:
+support/flow_pipeline.py.
 """
 
 import argparse
@@ -42,11 +43,16 @@ from pathlib import Path
 
 import numpy as np
 
-import data
-from flow_extract import BATCH, Job, Settings, cut_short, in_batches, work
-from flow_info import info
-from flow_solvers import METHODS, TVL1, choose_device, make_settings
-from workers import cores, in_processes
+from support.cli import Help, command_line, say
+from support.errors import BadInput
+from support.files import atomic
+from support.flow_gpu import BATCH_PAIRS, extract_batched
+from support.flow_info import info
+from support.flow_methods import FLOW_METHODS, TVL1, choose_device, make_settings
+from support.flow_pipeline import Job, Settings, cut_short_message, extract_in_worker
+from support.stores import FlowStore, RgbStore, rgb_settings
+from support.videos import find_videos, with_time_limit
+from support.worker_pool import cores, run_in_processes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,13 +68,13 @@ def open_store(kind, root, settings, option="--out"):
     try:
         inside = [p.name for p in root.iterdir() if not p.name.startswith(".tmp-")] if root.exists() else []
     except OSError as e:
-        raise data.BadInput(f"{option} {root} can't be used as a folder ({e.strerror}); choose another") from e
+        raise BadInput(f"{option} {root} can't be used as a folder ({e.strerror}); choose another") from e
     if not inside:  # of shards that start together one writes the header, and the others are held to it
-        with suppress(FileExistsError), data.atomic(root / "header.json", exclusive=True) as tmp:
+        with suppress(FileExistsError), atomic(root / "header.json", exclusive=True) as tmp:
             tmp.write_text(json.dumps(header, indent=1) + "\n")
     elif not (root / "header.json").exists():
-        raise data.BadInput(f"{option} {root} is not empty and no {kind.KIND} store ({inside[0]} is in it, header.json "
-                            f"is not); choose a new or empty folder")
+        raise BadInput(f"{option} {root} is not empty and no {kind.KIND} store ({inside[0]} is in it, header.json "
+                       f"is not); choose a new or empty folder")
     until = time.monotonic() + 10  # on a file system without hard links another shard's is empty for a moment
     while (root / "header.json").stat().st_size == 0 and time.monotonic() < until:
         time.sleep(0.05)
@@ -79,8 +85,8 @@ def open_store(kind, root, settings, option="--out"):
     differing = [f"{key} is {store.header.get(key)} there and {header.get(key)} now"
                  for key in keys if store.header.get(key) != header.get(key)]
     if differing:
-        raise data.BadInput(f"{root} was made with other settings ({', '.join(differing)}); use those or another "
-                            f"{option}")
+        raise BadInput(f"{root} was made with other settings ({', '.join(differing)}); use those or another "
+                       f"{option}")
     for tmp in root.rglob(".tmp-*"):  # of killed runs; a day old, because other shards may be writing theirs
         with suppress(OSError):
             if time.time() - tmp.stat().st_mtime > 86400:
@@ -88,26 +94,26 @@ def open_store(kind, root, settings, option="--out"):
     return store
 
 
-def finished(store, name, path):
+def finished_header(store, name, path):
     """The header of a video's file if that is in the store, whole (`AviReader.check`), and made from the video as it is
     now; else None."""
     try:
         reader = store.open(name)
         reader.check()
         return reader.header if reader.header.get("source_bytes") == os.path.getsize(path) else None
-    except (data.BadInput, OSError):
+    except (BadInput, OSError):
         return None
 
 
-def missing(found, stores, roots):
-    """What is yet to be made of `found`, {name: path} -> ({name: Job}, {name: sentence of cut_short} of the others,
-    {name: sentence} of links that lead nowhere).
+def missing_jobs(found, stores, roots):
+    """What is yet to be made of `found`, {name: path} -> ({name: Job}, {name: cut_short_message} of the others,
+    {name: message} of links that lead nowhere).
 
     stores: of flow and of RGB, None where there is none yet; roots: their folders, None where none is wanted.
     """
     def look(item):
         name, path = item
-        there = [store and finished(store, name, path) for store in stores]
+        there = [store and finished_header(store, name, path) for store in stores]
         return there, not all(there) and os.path.islink(path) and not os.path.exists(path)
 
     jobs, cut, absent, items = {}, {}, {}, list(found.items())
@@ -120,36 +126,37 @@ def missing(found, stores, roots):
                 absent[name] = f"{path} doesn't exist"
             elif any(files):
                 jobs[name] = Job(path, *files)
-            elif sentence := cut_short(path, there[0]):
-                cut[name] = sentence
+            elif message := cut_short_message(path, there[0]):
+                cut[name] = message
     return jobs, cut, absent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Many videos
 # ---------------------------------------------------------------------------------------------------------------------
-def extract_all(jobs, settings, workers, progress, time_limit=600, device=None, batch=BATCH, videos=None):
+def extract_all(jobs, settings, workers, progress, time_limit=600, device=None, batch=BATCH_PAIRS, videos=None):
     """Work through `jobs`, {name: Job} -> ({name: why skipped}, {name: cut short}).
 
-    settings: flow_extract.Settings. time_limit: seconds for one pair (with a device: for decoding 32), before the video
-    is skipped. device: None, and each process computes flow itself on the CPU; else batches of pairs go there. videos:
-    the folder where all of them are.
-    Raises BadInput as soon as a store can't be written or `videos` is gone, and as `in_processes` and `in_batches`.
+    time_limit: seconds for one pair (with a device: for decoding 32), before the video is skipped.
+    device: None, and each process computes flow itself on the CPU; else batches of pairs go there. videos: the folder
+    where all of them are.
+    Raises BadInput as soon as a store can't be written or `videos` is gone, and as `run_in_processes` and
+    `extract_batched`.
     """
     skipped, cut = {}, {}
     if device is None:
-        events = in_processes(work, jobs, settings, workers, time_limit)
+        events = run_in_processes(extract_in_worker, jobs, settings, workers, time_limit)
     else:
-        events = in_batches(jobs, settings, workers, time_limit, device, batch)
+        events = extract_batched(jobs, settings, workers, time_limit, device, batch)
     for name, kind, value in events:
-        if kind == "told":
+        if kind == "progress":
             progress.add(name, *value)
         else:
             progress.videos += 1
-            if kind == "away" and videos and not data.within(10, videos, os.path.isdir, videos):
-                raise data.BadInput(f"--videos {videos} is no longer a folder; see whether its disk is there, the same "
-                                    f"command continues")
-            if kind in ("failed", "away"):
+            if kind == "unavailable" and videos and not with_time_limit(10, videos, os.path.isdir, videos):
+                raise BadInput(f"--videos {videos} is no longer a folder; see whether its disk is there, the same "
+                               f"command continues")
+            if kind in ("failed", "unavailable"):
                 skipped[name] = value
             elif value:
                 cut[name] = value
@@ -198,7 +205,7 @@ class Progress:
         what = "pairs" if self.computed else "frames"
         line = (f"{self.videos} of {self.total} videos, {self.pairs} of some {pairs:.0f} {what}, {rate:.1f} {what}/s, "
                 f"{left} left, {sum(size) / 1e6:.0f} MB in the end")
-        data.say(f"\r\033[K{line}" if self.terminal else line, end="" if self.terminal else "\n")
+        say(f"\r\033[K{line}" if self.terminal else line, end="" if self.terminal else "\n")
 
 
 def plan(jobs, settings, workers, time_limit, device, batch, videos):
@@ -214,28 +221,28 @@ def plan(jobs, settings, workers, time_limit, device, batch, videos):
         skipped, _ = extract_all(some, settings._replace(limit=65 if device else 5), workers, progress, time_limit,
                                  device, batch, videos)
     if len(skipped) == count:
-        raise data.BadInput(f"none of {count} videos gave flow, the first because {skipped[sample[0]]}")
+        raise BadInput(f"none of {count} videos gave flow, the first because {skipped[sample[0]]}")
     usable = len(names) * (1 - len(skipped) / count)
     pairs, flow, rgb = progress.estimate(usable)
     counts = list(progress.expected.values())
     deviation = np.std(counts, ddof=1) / math.sqrt(len(counts)) / np.mean(counts) if len(counts) > 1 else 1.0
     duration = timedelta(seconds=round(pairs / progress.rate()))
-    data.say(f"{count} videos tried: {progress.pairs} pairs, {progress.rate():.1f} pairs/s in {workers} processes"
-             f"{f', {len(skipped)} videos can not be used' if skipped else ''}",
-             f"{len(names)} videos to do: some {pairs:.3g} pairs (+-{100 * deviation:.0f} %, from the lengths of "
-             f"{len(counts)}), {duration}, {flow / 1e9:.3g} GB of flow"
-             f"{f', {rgb / 1e9:.3g} GB of RGB' if settings.rgb else ''}; nothing was written")
+    say(f"{count} videos tried: {progress.pairs} pairs, {progress.rate():.1f} pairs/s in {workers} processes"
+        f"{f', {len(skipped)} videos can not be used' if skipped else ''}",
+        f"{len(names)} videos to do: some {pairs:.3g} pairs (+-{100 * deviation:.0f} %, from the lengths of "
+        f"{len(counts)}), {duration}, {flow / 1e9:.3g} GB of flow"
+        f"{f', {rgb / 1e9:.3g} GB of RGB' if settings.rgb else ''}; nothing was written")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
-def part(shard):
+def parse_shard(shard):
     """--shard i/n, and the processes of torchrun within it -> (i, n) of all parts."""
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
     i, n = map(int, match.groups()) if match else (0, 0)
     if not 1 <= i <= n:
-        raise data.BadInput(f"--shard takes i/n with 1 <= i <= n, such as 2/8, not {shard}")
+        raise BadInput(f"--shard takes i/n with 1 <= i <= n, such as 2/8, not {shard}")
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     return (i - 1) * world + rank + 1, n * world
 
@@ -247,13 +254,13 @@ def check_apart(found, videos, out, rgb):
     for (a, folder), (b, other) in itertools.permutations(places.items(), 2):
         if folder.is_relative_to(other):
             where = f"is {b} too" if folder == other else f"is inside {b} {folders[b]}"
-            raise data.BadInput(f"{a} {folders[a]} {where}; files of one could replace, or be taken for, those of the "
-                                f"other: choose folders apart")
+            raise BadInput(f"{a} {folders[a]} {where}; files of one could replace, or be taken for, those of the "
+                           f"other: choose folders apart")
     for folder in {os.path.dirname(path) for path in found.values()}:
         for option in places.keys() - {"--videos"}:
             if Path(folder).resolve().is_relative_to(places[option]):  # by a link
-                raise data.BadInput(f"{folder} leads into {option} {folders[option]}, where its videos could be "
-                                    f"replaced; choose another {option}")
+                raise BadInput(f"{folder} leads into {option} {folders[option]}, where its videos could be "
+                               f"replaced; choose another {option}")
 
 
 def write_listing(root, i, n, skipped, cut, share, found):
@@ -268,11 +275,11 @@ def write_listing(root, i, n, skipped, cut, share, found):
     for other in others - {root / name(k, n) for k in range(1, n + 1)}:
         lists[other] = {}
         with suppress(OSError, ValueError, AttributeError):  # damaged
-            lists[other] = {kind: {k: why for k, why in sentences.items() if k in found and k not in here}
-                            for kind, sentences in json.loads(other.read_text()).items()}
+            lists[other] = {kind: {k: why for k, why in messages.items() if k in found and k not in here}
+                            for kind, messages in json.loads(other.read_text()).items()}
     for path, content in lists.items():
         if any(content.values()):
-            with data.atomic(path) as tmp:
+            with atomic(path) as tmp:
                 tmp.write_text(json.dumps(content, indent=1) + "\n")
         else:
             path.unlink(missing_ok=True)
@@ -285,41 +292,41 @@ def settings_of(args):
                                 ("quality", 1, 100), ("warps", 1, 100), ("epsilon", 0, 1), ("rgb_side", 16, 4096),
                                 ("batch", 0, 65536)]:
         if not least <= getattr(args, option) <= most:
-            raise data.BadInput(f"--{option.replace('_', '-')} takes {least} to {most}, not {getattr(args, option)}")
+            raise BadInput(f"--{option.replace('_', '-')} takes {least} to {most}, not {getattr(args, option)}")
     params = {"WarpingsNumber": args.warps, "Epsilon": args.epsilon}
     if args.method != "tvl1":
         if params != {name: TVL1[name] for name in params}:
-            raise data.BadInput(f"--warps and --epsilon are of --method tvl1; {args.method} has neither")
+            raise BadInput(f"--warps and --epsilon are of --method tvl1; {args.method} has neither")
         params = {}
     backend = args.backend
     if backend == "auto" and (Path(args.out) / "header.json").exists():  # a store goes on as it began
-        backend = data.FlowStore(args.out).header.get("backend", "auto") if args.method == "tvl1" else "auto"
+        backend = FlowStore(args.out).header.get("backend", "auto") if args.method == "tvl1" else "auto"
     return Settings(make_settings(args.short_side, args.quality, backend, args.method, **params),
-                    data.rgb_settings(args.rgb_side) if args.rgb else None)
+                    rgb_settings(args.rgb_side) if args.rgb else None)
 
 
 def run(args):
     """Extract what the stores lack -> exit status."""
-    i, n = part(args.shard)
+    i, n = parse_shard(args.shard)
     settings = settings_of(args)
     if args.strict and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise data.BadInput("--strict doesn't go with torchrun, which ends all processes when one leaves with status "
-                            "1; run flow.py --strict by itself afterwards, it computes nothing twice")
+        raise BadInput("--strict doesn't go with torchrun, which ends all processes when one leaves with status "
+                       "1; run flow.py --strict by itself afterwards, it computes nothing twice")
     device, why = choose_device(args.device, settings.flow, int(os.environ.get("LOCAL_RANK", 0)))
-    batch = args.batch or (BATCH if device.type == "cuda" else 0)
-    found = data.find_videos(args.videos)
+    batch = args.batch or (BATCH_PAIRS if device.type == "cuda" else 0)
+    found = find_videos(args.videos)
     check_apart(found, args.videos, args.out, args.rgb)
     share = list(found)[i - 1::n]
-    data.say(f"{len(found)} videos below {args.videos}, {len(share)} of them in shard {i}/{n}; looking at the store")
+    say(f"{len(found)} videos below {args.videos}, {len(share)} of them in shard {i}/{n}; looking at the store")
     stores = []
-    for kind, root, header, option in ((data.FlowStore, args.out, settings.flow, "--out"),
-                                       (data.RgbStore, args.rgb, settings.rgb, "--rgb")):
+    for kind, root, header, option in ((FlowStore, args.out, settings.flow, "--out"),
+                                       (RgbStore, args.rgb, settings.rgb, "--rgb")):
         there = root and (not args.plan or (Path(root) / "header.json").exists())  # a plan makes no store
         stores.append(open_store(kind, root, header, option) if there else None)
-    jobs, cut, absent = missing({name: found[name] for name in share}, stores, (args.out, args.rgb))
-    data.say(f"{len(jobs)} to do; {settings.flow['method']} of {settings.flow['backend']} on {device}"
-             f"{f', {batch} pairs at once' if batch else ''}, short side {args.short_side or 'as it is'}"
-             f"{f'; no GPU is used: {why}' if why else ''}")
+    jobs, cut, absent = missing_jobs({name: found[name] for name in share}, stores, (args.out, args.rgb))
+    say(f"{len(jobs)} to do; {settings.flow['method']} of {settings.flow['backend']} on {device}"
+        f"{f', {batch} pairs at once' if batch else ''}, short side {args.short_side or 'as it is'}"
+        f"{f'; no GPU is used: {why}' if why else ''}")
     how = args.time_limit, device if batch else None, batch, args.videos
     if args.plan:
         if jobs:
@@ -336,11 +343,11 @@ def run(args):
     speed = f", {progress.computed} pairs, {rate:.1f} pairs/s in {args.workers} processes"
     lines = [f"{len(written)} videos written{each if args.rgb else ''}{speed if progress.computed else ''}; "
              f"{len(skipped)} skipped, {len(cut)} cut short",
-             *(f"skipped: {sentence}" for sentence in skipped.values()),
-             *(f"used, but: {sentence}" for sentence in cut.values())]
-    data.say(*[""] * progress.terminal, *lines)
+             *(f"skipped: {message}" for message in skipped.values()),
+             *(f"used, but: {message}" for message in cut.values())]
+    say(*[""] * progress.terminal, *lines)
     if len(skipped) == len(found):
-        raise data.BadInput(f"none of the {len(found)} videos below {args.videos} gave flow; {listing} says why")
+        raise BadInput(f"none of the {len(found)} videos below {args.videos} gave flow; {listing} says why")
     return int(args.strict and bool(skipped or cut))
 
 
@@ -357,7 +364,7 @@ def main(argv=None):
         return info(p.parse_args(argv[1:]))
     own = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     p = argparse.ArgumentParser(prog="flow.py", description="Optical flow (TV-L1) of a folder of videos.",
-                                formatter_class=data.Help,
+                                formatter_class=Help,
                                 epilog="flow.py info STORE says what a store holds (flow.py info --help).")
     p.add_argument("--videos", required=True, help="folder of videos, searched with all below it")
     p.add_argument("--out", required=True, help="the flow store: a new folder, or one to continue")
@@ -369,7 +376,8 @@ def main(argv=None):
     p.add_argument("--shard", default="1/1", metavar="i/n", help="do the i-th of n parts, for n machines on one store")
     p.add_argument("--short-side", type=int, default=256, help="short side in px; 0: as it is (default 256)")
     p.add_argument("--quality", type=int, default=95, help="JPEG quality of the flow (default 95)")
-    p.add_argument("--method", choices=METHODS, default="tvl1", help="dis and farneback are faster and another flow")
+    p.add_argument("--method", choices=FLOW_METHODS, default="tvl1",
+                   help="dis and farneback are faster and another flow")
     p.add_argument("--warps", type=int, default=TVL1["WarpingsNumber"], help="warps a scale (default 5)")
     p.add_argument("--epsilon", type=float, default=TVL1["Epsilon"], help="when iterations stop (default 0.01)")
     p.add_argument("--backend", choices=["auto", "goca", "opencv"], default="auto",
@@ -377,10 +385,10 @@ def main(argv=None):
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
                    help="auto: a GPU where there is one, the CUDA kernels are built and agree with the CPU")
     p.add_argument("--batch", type=int, default=0,
-                   help=f"pairs computed at once (default {BATCH} on a GPU; on a CPU each process does its own)")
+                   help=f"pairs computed at once (default {BATCH_PAIRS} on a GPU; on a CPU each process does its own)")
     p.add_argument("--strict", action="store_true", help="exit status 1 if a video was skipped or cut short")
     return run(p.parse_args(argv))
 
 
 if __name__ == "__main__":
-    data.command_line(main)
+    command_line(main)

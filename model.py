@@ -78,6 +78,12 @@ class MaxPool3d(nn.Module):
         return x if kt == st == 1 else in_time(lambda y: F.max_pool2d(y, (kt, 1), (st, 1), (pt, 0)), x)
 
 
+def precision(device):
+    """What networks compute in: bfloat16 on a GPU, float32 on a CPU, where bfloat16 has errors (torch 2.13: Conv3d of
+    kernel (3, 1, 1) on 2 frames, which S3D's last blocks see). Assignment and loss are float32 anyway."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 class ConvBNReLU(nn.Sequential):
     """Convolution without bias, batch norm, ReLU."""
 
@@ -199,7 +205,7 @@ ARCHITECTURES = {"s3d": S3D, "r2plus1d18": R2Plus1D18}
 
 
 def too_small(arch, frames, size):
-    """A sentence where clips of `frames` frames and `size` px are smaller than the strides of `arch` allow, or None."""
+    """A message where clips of `frames` frames and `size` px are smaller than the strides of `arch` allow, or None."""
     net = ARCHITECTURES[arch]
     if frames >= net.min_frames and size >= net.min_size:
         return None
@@ -229,7 +235,7 @@ class Statistics:
             parts = flat.split([b.numel() for b in group])
             torch._foreach_copy_(group, [part.view_as(b) for part, b in zip(parts, group, strict=True)])
 
-    def settle(self, before, stepped):
+    def undo_unless(self, before, stepped):
         """After a step: back to `before`, unless it was done (`stepped`, a bool tensor) -> what they are now."""
         now = [torch.where(stepped, new, old) for new, old in zip(self.read(), before, strict=True)]
         self.write(now)

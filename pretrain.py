@@ -32,35 +32,30 @@ from torch import nn
 import data
 import goca
 import model
-from checkpoints import last_checkpoint, lock, patience, resume
-from training import (
-    LARS,
-    LOST,
-    AdamW,
-    Agreement,
-    Log,
-    Stop,
-    Timer,
-    Watchdog,
-    alike,
-    check_same,
-    check_weights,
-    commit,
-    cores_for_one,
-    everywhere,
-    from_first,
+from support.batch_norm import synchronise_batch_norm
+from support.checkpoints import last_checkpoint, lock, lock_timeout, resume, save_run
+from support.cli import Help, command_line
+from support.datasets import DATASETS, read_split
+from support.distributed import (
+    MaxOverRanks,
+    check_same_on_all_ranks,
+    cores_per_process,
+    data_parallel,
     gather_rows,
-    is_lost,
-    learning_rate,
-    leaving,
-    place,
-    rate_rule,
-    scaled_rate,
-    share_gradients,
+    rank_and_world,
+    run_on_all_ranks,
+    run_on_first_rank,
+    same_on_all_ranks,
     start_processes,
-    step_if_finite,
-    synchronise_batch_norm,
 )
+from support.errors import EXIT_LOST, BadInput
+from support.files import load_arrays
+from support.loader import Loader
+from support.optim import LARS, AdamW, check_weights, learning_rate, rate_rule, scaled_rate, step_if_finite
+from support.signals import IntervalTimer, StopSignals
+from support.stores import FlowStore, RgbStore
+from support.training_log import Log, commit
+from support.watchdog import Watchdog, end_process_group, is_peer_failure
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,7 +82,7 @@ def cross_view_loss(scores, log_d, temperature):
     return (pairs * (1 - own)).sum() / (2 * A * (2 * V - 1))
 
 
-def phase(step, per_epoch, s):
+def schedule(step, per_epoch, s):
     """What a step's epoch says -> (whether the views guide each other, the view that ViCC leaves as it is)."""
     epoch = step // per_epoch
     frozen = model.VIEWS[1 - epoch // s.alternate % 2] if s.method == "vicc" else None  # RGB learns first
@@ -119,12 +114,6 @@ def step_loss(net, clips, s, guided, frozen=None, rows=None):
     return loss * (m * world / sum(rows)), batch_scores, batch_features
 
 
-def precision(device):
-    """What the networks compute in: bfloat16 on a GPU, float32 on a CPU, where bfloat16 has errors (torch 2.13:
-    Conv3d of kernel (3, 1, 1) on 2 frames, which S3D's last blocks see). Assignment and loss are float32 anyway."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
 @torch.no_grad()
 def describe(log_d, features):
     """What to watch besides the loss: log D [G, A, M, N], unit features [G, A, M, d] -> dict of numbers."""
@@ -150,16 +139,16 @@ def make_optimizer(net, s):
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
-def crops_of(s):
+def crops_in_words(s):
     return f"2 crops of {s.frames} and {s.short_crops} of {s.short_frames} frames, {s.size} px"
 
 
 def out_of_memory(s, error):
-    """The sentence for a lack of memory, or None if it is something else."""
+    """The message for a lack of memory, or None if it is something else."""
     words = str(error).strip().splitlines() or [""]
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in words[0]:
         return (f"out of memory ({words[0]}) with --batch-size {s.batch_size}, each video in both views of "
-                f"{crops_of(s)}. What helps: --recompute (a third more time, the same result), --batch-size "
+                f"{crops_in_words(s)}. What helps: --recompute (a third more time, the same result), --batch-size "
                 f"{max(1, s.batch_size // 2)} --accumulate {2 * s.accumulate} (each half is assigned by itself; a new "
                 f"run), fewer --short-crops, --short-frames or --frames, a smaller --size")
     if "DataLoader worker" in words[0]:
@@ -170,43 +159,43 @@ def out_of_memory(s, error):
 def train(s):
     """Pre-train with settings `s` (see `arguments`) -> exit status: 0 done, 128 + signal if asked to stop, LOST where
     other processes ended or hung."""
-    with leaving():
+    with end_process_group():
         try:
             device, rank, world = start_processes(s)
             mine = rank == 0 and not s.plan
-            with everywhere(lambda: lock(Path(s.out), patience(s)) if mine else nullcontext()):
+            with run_on_all_ranks(lambda: lock(Path(s.out), lock_timeout(s)) if mine else nullcontext()):
                 return train_in(device, rank, world, s)
         except (RuntimeError, MemoryError) as e:
-            if sentence := out_of_memory(s, e):
-                raise data.BadInput(sentence) from e
-            rank, world = place()
-            if world == 1 or not is_lost(e):
+            if message := out_of_memory(s, e):
+                raise BadInput(message) from e
+            rank, world = rank_and_world()
+            if world == 1 or not is_peer_failure(e):
                 raise
             why = (str(e).strip().splitlines() or [""])[0].split(". This is typically")[0]  # gloo's advice
             print(f"error: process {rank} lost the others ({why}): one ended, or hung for longer than --timeout "
                   f"{s.timeout:g} s; look for its message. The same command continues from the last checkpoint",
                   file=sys.stderr, flush=True)
-            sys.exit(LOST)
+            sys.exit(EXIT_LOST)
 
 
 def read_data(s):
     """The training set of settings `s` -> FlowStore, VideoSet, its videos with flow (and RGB), their TrainClips, and
     the prototypes [N, d]. Raises BadInput."""
-    store, rgb = data.FlowStore(s.flow), data.RgbStore(s.rgb) if s.rgb else None
-    found = data.read_split(s.dataset, s.videos, s.splits, s.split, "train", s.index)
+    store, rgb = FlowStore(s.flow), RgbStore(s.rgb) if s.rgb else None
+    found = read_split(s.dataset, s.videos, s.splits, s.split, "train", s.index)
     videos = [v for v in found.videos if v.name in store and (rgb is None or v.name in rgb)]
     if not videos:
-        raise data.BadInput(f"{s.flow} holds the flow{f', or {s.rgb} the RGB,' if rgb else ''} of none of the "
-                            f"{len(found.videos)} videos below {s.videos}; run: python flow.py --videos {s.videos} "
-                            f"--out {s.flow}{f' --rgb {s.rgb}' if rgb else ''}")
+        raise BadInput(f"{s.flow} holds the flow{f', or {s.rgb} the RGB,' if rgb else ''} of none of the "
+                       f"{len(found.videos)} videos below {s.videos}; run: python flow.py --videos {s.videos} "
+                       f"--out {s.flow}{f' --rgb {s.rgb}' if rgb else ''}")
     clips = data.TrainClips(videos, store, frames=s.frames, short_frames=s.short_frames, n_short=s.short_crops,
                             size=s.size, stride=s.stride, scale=tuple(s.scale), seed=s.seed, cache=s.cache,
                             time_limit=s.time_limit, rgb=rgb)
-    _, arrays = data.load_arrays(s.prototypes, "prototypes", f"python prototypes.py --out {s.prototypes}")
+    _, arrays = load_arrays(s.prototypes, "prototypes", f"python prototypes.py --out {s.prototypes}")
     return store, found, videos, clips, torch.from_numpy(arrays["prototypes"])
 
 
-def decisive(s, settings, videos, prototypes):
+def config_fingerprint(s, settings, videos, prototypes):
     """What all processes must have alike -> dict of plain values."""
     own = {"device", "workers", "cache", "videos", "splits", "flow", "rgb", "prototypes", "out", "index"}
     lists = {"list of videos": "\n".join(v.name for v in videos).encode(), "prototypes": prototypes.numpy().tobytes()}
@@ -219,7 +208,7 @@ def train_in(device, rank, world, s):
     out = Path(s.out)
 
     # --- data -------------------------------------------------------------------------------------------------------
-    store, found, videos, clips, prototypes = everywhere(lambda: read_data(s))
+    store, found, videos, clips, prototypes = run_on_all_ranks(lambda: read_data(s))
 
     # --- network ----------------------------------------------------------------------------------------------------
     core = model.two_view(vars(s), prototypes)
@@ -232,20 +221,21 @@ def train_in(device, rank, world, s):
     settings = {**vars(s), "global_batch": s.batch_size * world, "flow_header": store.header,
                 "train_videos": len(videos)}
     say = print if rank == 0 else lambda *_: None
-    check_same(decisive(s, settings, videos, prototypes))
+    check_same_on_all_ranks(config_fingerprint(s, settings, videos, prototypes))
     # one process reads: another may see the files of a moment ago, or none
-    step, log_state = everywhere(lambda: resume(from_first(lambda: last_checkpoint(out, None if s.plan else s.keep)),
-                                                out, settings, core, optimizer, say))
-    batches = data.Batches(len(videos), s.batch_size, s.epochs, s.seed, rank, world, start=step, keep_last=s.keep_last)
+    saved = run_on_first_rank(lambda: last_checkpoint(out, None if s.plan else s.keep))
+    step, log_state = run_on_all_ranks(lambda: resume(saved, out, settings, core, optimizer, say))
+    batches = data.EpochBatches(len(videos), s.batch_size, s.epochs, s.seed, rank, world, start=step,
+                                keep_last=s.keep_last)
     per_epoch, total = batches.steps_per_epoch, batches.steps_per_epoch * s.epochs
     # one pass over the batches of all epochs: the workers live as long as the run, each two batches ahead
-    loader = data.Loader(clips, batches.after, s.workers, pin_memory=device.type == "cuda")
+    loader = Loader(clips, batches.after, s.workers, pin_memory=device.type == "cuda")
     net = core
     if s.compile:
         for backbone in core.backbones.values():
             backbone.compile()
     if world > 1:
-        net = share_gradients(core, device, find_unused_parameters=s.method == "vicc")
+        net = data_parallel(core, device, find_unused_parameters=s.method == "vicc")
 
     # --- plan -------------------------------------------------------------------------------------------------------
     n, batch = len(core.prototypes), s.batch_size * world
@@ -254,7 +244,7 @@ def train_in(device, rank, world, s):
     rest = f"and one of {batches.rest}" if batches.rest else f"{len(videos) % batch} videos left out of each"
     say(f"{s.method} on {s.dataset} in {s.videos}: {len(videos)} videos ({len(found.absent)} listed but absent, "
         f"{len(found.faulty)} that do not decode, {len(found.videos) - len(videos)} without "
-        f"flow{' or RGB' if s.rgb else ''}); both views of {crops_of(s)}; {s.workers} loader processes"
+        f"flow{' or RGB' if s.rgb else ''}); both views of {crops_in_words(s)}; {s.workers} loader processes"
         f"{' for each process' if world > 1 else ''}\n"
         f"{s.arch}, width {s.width:g}, {sum(p.numel() for p in core.parameters()) / 1e6:.2f} M parameters, "
         f"{'bfloat16, assignment and loss float32' if device.type == 'cuda' else 'float32'} on {world} x {kind}; "
@@ -269,17 +259,17 @@ def train_in(device, rank, world, s):
     if not s.plan and step < total:
         header = {"command": sys.argv, "commit": commit(), "torch": torch.__version__, "step": step,
                   "ln_n": math.log(n), "videos": len(videos), "settings": settings}
-        everywhere(lambda: log.start(header) if rank == 0 else None)
+        run_on_all_ranks(lambda: log.start(header) if rank == 0 else None)
     net.train()
-    due, asked, agree, timer, shapes = False, 0, Agreement(device, world), Timer(s.save_minutes), set()
+    due, asked, agree, timer, shapes = False, 0, MaxOverRanks(device, world), IntervalTimer(s.save_minutes), set()
     statistics = model.Statistics(core)
     last_statistics = statistics.read()  # of the last step that was done
     advice = "A process that hangs holds up all; the same command continues from the last checkpoint"
-    with Stop() as stop, Watchdog(s.timeout if world > 1 else math.inf, rank, step, advice) as watchdog:
+    with StopSignals() as stop, Watchdog(s.timeout if world > 1 else math.inf, rank, step, advice) as watchdog:
         for batch in log.timed(loader):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, per_epoch, s)
-            guided, frozen = phase(step, per_epoch, s)
+            guided, frozen = schedule(step, per_epoch, s)
             rows = batches.rows(step)
             if s.compile and (guided, frozen, *rows) not in shapes:
                 shapes.add((guided, frozen, *rows))
@@ -289,7 +279,7 @@ def train_in(device, rank, world, s):
             step += 1
             whole = step % s.accumulate == 0 or step == total  # else more gradients are to come, which are shared once
             with nullcontext() if whole or world == 1 else net.no_sync():
-                with precision(device):
+                with model.precision(device):
                     loss, batch_scores, batch_features = step_loss(net, clips, s, guided, frozen, rows)
                 (loss / together).backward()
             finite = None
@@ -297,7 +287,7 @@ def train_in(device, rank, world, s):
                 finite = step_if_finite(optimizer)  # in all processes alike: they have the same gradients
                 optimizer.zero_grad(set_to_none=True)
                 core.renormalise(finite)
-                last_statistics = statistics.settle(last_statistics, finite)
+                last_statistics = statistics.undo_unless(last_statistics, finite)
             log.add(loss, finite, batch["fault"], sum(rows))
             watchdog.beat(step)
             if s.plan:
@@ -316,15 +306,15 @@ def train_in(device, rank, world, s):
             broken = log.too_many_faults(len(videos)) if whole and (world == 1 or logging) else None
             if whole and (due or asked or broken):
                 log.check_finite(step)
-                everywhere(partial(check_weights, core, step, out))
+                run_on_all_ranks(partial(check_weights, core, step, out))
                 due, log_state = False, log.state()
                 if rank == 0:
-                    data.save_run(out, {"settings": settings, "step": step, "model": core.state_dict(),
+                    save_run(out, {"settings": settings, "step": step, "model": core.state_dict(),
                                         "optimizer": optimizer.state_dict(), "log": log_state}, s.keep)
             if world > 1 and whole and (asked or broken):
                 dist.barrier()  # torchrun and Slurm end all once one is gone, and the first may still be saving
             if broken:
-                raise alike(data.BadInput(broken))
+                raise same_on_all_ranks(BadInput(broken))
             if whole and asked:
                 log.say(f"asked to stop (signal {asked}): saved step {step} of {total}; the same command continues")
                 return 128 + asked
@@ -334,11 +324,11 @@ def train_in(device, rank, world, s):
 
 def arguments(argv=None):
     p = argparse.ArgumentParser(description="GOCA pre-training on RGB and flow; defaults are the paper's. @FILE stands "
-                                "for the flags in FILE, such as @presets/ucf101-s3d; later ones win.",
-                                formatter_class=data.Help, fromfile_prefix_chars="@")
+                                            "for the flags in FILE, such as @presets/ucf101-s3d; later ones win.",
+                                formatter_class=Help, fromfile_prefix_chars="@")
     p.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
     g = p.add_argument_group("input and output")
-    g.add_argument("--dataset", choices=data.DATASETS, default="folder")
+    g.add_argument("--dataset", choices=DATASETS, default="folder")
     g.add_argument("--videos", required=True, help="folder of videos")
     g.add_argument("--splits", help="folder of the data set's official lists")
     g.add_argument("--split", type=int, default=1, choices=(1, 2, 3), help="UCF101 and HMDB51")
@@ -391,7 +381,7 @@ def arguments(argv=None):
     g.add_argument("--compile", action="store_true", help="torch.compile of the backbones")
     g.add_argument("--recompute", action="store_true", help="less memory: activations again in the backward pass")
     g.add_argument("--plan", action="store_true", help="say what would be done, time a few steps, and leave")
-    g.add_argument("--index", help="file of videos.py: leave out what it found not to decode")
+    g.add_argument("--index", help="file of support.video_index: leave out what it found not to decode")
     g.add_argument("--time-limit", type=float, default=60, help="seconds for one video's clips")
     g.add_argument("--max-faults", type=float, default=0.01, help="share of unreadable videos at which the run stops")
     g.add_argument("--timeout", type=float, default=600, help="of several processes: seconds for a step")
@@ -408,42 +398,42 @@ def arguments(argv=None):
                  "batch_size", "epochs", "log_every", "save_every", "time_limit", "accumulate",
                  "alternate", "keep", "timeout", "lr", "trust"):
         if getattr(s, name) is not None and not 0 < getattr(s, name) < math.inf:
-            raise data.BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: must be above 0, and finite")
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: must be above 0, and finite")
     for name in ("lambda2", "guide_start", "short_crops", "warmup_epochs", "max_faults", "weight_decay", "seed",
                  "workers", "lr_start", "lr_end"):
         if getattr(s, name) is not None and not 0 <= getattr(s, name) < math.inf:
-            raise data.BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: must not be negative, and finite")
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: must not be negative, and finite")
     if not s.save_minutes >= 0:
-        raise data.BadInput(f"--save-minutes {s.save_minutes}: must not be negative")
+        raise BadInput(f"--save-minutes {s.save_minutes}: must not be negative")
     if not 0 <= s.momentum < 1:
-        raise data.BadInput(f"--momentum {s.momentum}: must be at least 0 and below 1")
+        raise BadInput(f"--momentum {s.momentum}: must be at least 0 and below 1")
     if s.method == "avg" and s.heads == 2:
-        raise data.BadInput("--method avg has one feature a clip, so no use for --heads 2")
+        raise BadInput("--method avg has one feature a clip, so no use for --heads 2")
     if s.compile and s.recompute:
-        raise data.BadInput("--compile and --recompute don't go together: torch can't compile what is computed again")
+        raise BadInput("--compile and --recompute don't go together: torch can't compile what is computed again")
     if why := model.too_small(s.arch, min(s.frames, s.short_frames) if s.short_crops else s.frames, s.size):
-        raise data.BadInput(f"{why}: raise --frames, --short-frames or --size, or take --arch r2plus1d18")
+        raise BadInput(f"{why}: raise --frames, --short-frames or --size, or take --arch r2plus1d18")
     if s.scale is None:
-        s.scale = [136 / 128, 190 / 128] if s.arch == "s3d" else [128 / 112, 160 / 112]
+        s.scale = list(data.SCALES[s.arch])
     if not 1 <= s.scale[0] <= s.scale[1]:
-        raise data.BadInput(f"--scale {s.scale[0]} {s.scale[1]}: must be 1 <= LOW <= HIGH")
+        raise BadInput(f"--scale {s.scale[0]} {s.scale[1]}: must be 1 <= LOW <= HIGH")
     if s.lr is None:
         s.lr = 0.001 if s.optimizer == "adamw" else scaled_rate(s.batch_size * s.accumulate * world)
     s.lr_start = s.lr_start if s.lr_start is not None else s.lr / 16
     s.lr_end = s.lr_end if s.lr_end is not None else s.lr / 1000
     s.warmup_epochs = min(s.warmup_epochs, s.epochs // 2)
     if s.workers is None:
-        s.workers = min(8, cores_for_one())
+        s.workers = min(8, cores_per_process())
     return s
 
 
 def main():
     try:
         s = arguments()
-    except data.BadInput as e:
-        raise alike(e) from None
+    except BadInput as e:
+        raise same_on_all_ranks(e) from None
     return train(s)
 
 
 if __name__ == "__main__":
-    data.command_line(main)
+    command_line(main)

@@ -28,7 +28,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import data
+from support.cli import Help, command_line
+from support.errors import BadInput
+from support.files import check_writable, load_arrays, save_arrays
 
 STEPS = 150          # L-BFGS steps a temperature for 1000 x 128; larger problems get fewer (`default_steps`)
 LAST_BETA = 2e4      # cosines that differ by 1e-4 weigh e^-2 there: softer ends gave away 1e-4, harder ones nothing
@@ -215,11 +217,11 @@ def construct(num, dim, seed=0, device="cpu", steps=None, report=None):
     """Prototypes and how they were made: -> (float32 [num, dim] on `device`, rows of unit length; name).
 
     num >= 2, dim >= 2. steps: L-BFGS steps a temperature (default: `default_steps`). report(share of the steps, beta,
-    loss) is called at each step. Raises data.BadInput, naming the argument.
+    loss) is called at each step. Raises BadInput, naming the argument.
     """
     for name, value, least in ("num", num, 2), ("dim", dim, 2), ("steps", 1 if steps is None else steps, 1):
         if value < least:
-            raise data.BadInput(f"--{name} is {value}, but must be at least {least}")
+            raise BadInput(f"--{name} is {value}, but must be at least {least}")
     name, known = closed_form(num, dim, seed)
     if name in ("circle", "simplex", "orthoplex"):
         return known.to(device), name
@@ -275,19 +277,19 @@ class Progress:
 def held(out, settings):
     """Whether `out` holds what `settings` ask for. Raises BadInput if it holds anything else or can't be written."""
     if out.is_file():
-        header, _ = data.load_arrays(out, "prototypes", "python prototypes.py --force")
+        header, _ = load_arrays(out, "prototypes", "python prototypes.py --force")
         other = [f"--{k} {header.get(k)}" for k in settings if header.get(k) != settings[k]]
         if other:
-            raise data.BadInput(f"{out} was made with {' '.join(other)}; give another --out, or --force to replace it")
+            raise BadInput(f"{out} was made with {' '.join(other)}; give another --out, or --force to replace it")
         return True
-    data.check_writable(out, "--out")
+    check_writable(out, "--out")
     return False
 
 
 def main(argv=None):
     """The command -> exit status 0. Raises BadInput."""
     p = argparse.ArgumentParser(prog="prototypes.py", description="Prototypes as far apart as they go (Eq. 11).",
-                                formatter_class=data.Help)
+                                formatter_class=Help)
     p.add_argument("--num", type=int, default=1000, help="prototypes, N (default 1000, the paper's)")
     p.add_argument("--dim", type=int, default=128, help="their dimension (default 128, the paper's)")
     p.add_argument("--seed", type=int, default=0, help="of the start and of rotations (default 0)")
@@ -297,7 +299,7 @@ def main(argv=None):
     p.add_argument("--force", action="store_true", help="replace --out if it holds something else")
     s = p.parse_args(argv)
     if s.device == "cuda" and not torch.cuda.is_available():
-        raise data.BadInput("--device cuda: torch sees no CUDA device; use --device cpu")
+        raise BadInput("--device cuda: torch sees no CUDA device; use --device cpu")
     device = "cuda" if s.device != "cpu" and torch.cuda.is_available() else "cpu"
     settings = {"num": s.num, "dim": s.dim, "seed": s.seed, "steps": s.steps or "default"}
     if not s.force and held(s.out, settings):
@@ -311,7 +313,7 @@ def main(argv=None):
     bound = levenshtein_bound(s.num, s.dim)
     header = {**settings, "construction": construction, "mean_cosine": mean, "max_cosine": greatest, "bound": bound,
               "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    data.save_arrays(s.out, "prototypes", header, prototypes=W.cpu().numpy())
+    save_arrays(s.out, "prototypes", header, prototypes=W.cpu().numpy())
     print(f"{s.num} prototypes of {s.dim}-d ({construction}, {time.monotonic() - start:.0f} s): nearest-neighbour "
           f"cosine mean {mean:.4f}, maximum {greatest:.4f}; no maximum can be below {bound:.4f} (Levenshtein)\n"
           f"wrote {s.out}")
@@ -319,4 +321,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.command_line(main)
+    command_line(main)

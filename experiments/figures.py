@@ -24,10 +24,13 @@ import matplotlib
 import numpy as np
 import torch
 
-import data
 from experiments.paper import LAMBDA_GRID, LAMBDAS, TABLES
 from experiments.tables import check_comparable, collect, load, ours
-from features import view_matrix
+from support.cli import Help, command_line
+from support.errors import BadInput
+from support.features import view_matrix
+from support.files import atomic, load_arrays
+from support.videos import decode
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -39,7 +42,7 @@ RIGHT, WRONG = "#0072B2", "#D55E00"
 
 def save(figure, path):
     """Write a figure under a temporary name, then rename it."""
-    with data.atomic(path) as tmp:
+    with atomic(path) as tmp:
         figure.savefig(tmp, dpi=150, bbox_inches="tight")
     plt.close(figure)
     print(f"written: {path}")
@@ -52,7 +55,7 @@ def prototypes(args):
     """t-SNE and nearest-neighbour cosines of random and of fitted prototypes."""
     from sklearn.manifold import TSNE  # here: its import takes longer than the other figures
 
-    _, arrays = data.load_arrays(args.prototypes, "prototypes", "python prototypes.py --out FILE")
+    _, arrays = load_arrays(args.prototypes, "prototypes", "python prototypes.py --out FILE")
     fitted = arrays["prototypes"]
     n, d = fitted.shape
     random = np.random.default_rng(0).standard_normal((n, d))
@@ -96,12 +99,12 @@ def read_log(run):
         whole = path.read_text().rpartition("\n")[0]  # not a line that is just being written
         lines = [json.loads(line) for line in whole.splitlines()]
     except FileNotFoundError:
-        raise data.BadInput(f"{path} doesn't exist; --run takes a folder that pretrain.py wrote") from None
+        raise BadInput(f"{path} doesn't exist; --run takes a folder that pretrain.py wrote") from None
     except ValueError as e:
-        raise data.BadInput(f"{path} is damaged ({e})") from e
+        raise BadInput(f"{path} is damaged ({e})") from e
     steps = [line for line in lines if "loss" in line]
     if not steps:
-        raise data.BadInput(f"{path} holds no step yet")
+        raise BadInput(f"{path} holds no step yet")
     return lines[0], steps
 
 
@@ -131,7 +134,7 @@ def training(args):
 # ---------------------------------------------------------------------------------------------------------------------
 def middle_frame(path):
     """The middle one of the frames that decode, RGB."""
-    frames = list(data.decode(path))
+    frames = list(decode(path))
     return frames[len(frames) // 2][..., ::-1]
 
 
@@ -141,7 +144,7 @@ def of_split(path, split, command="retrieval"):
     held = out.get("splits", {str(out["protocol"].get("split")): out})
     name = next(iter(held)) if split is None else str(split)
     if name not in held:
-        raise data.BadInput(f"{path} holds no split {name}; it holds {', '.join(held)}")
+        raise BadInput(f"{path} holds no split {name}; it holds {', '.join(held)}")
     own = held[name]
     return {**own, "protocol": {**out["protocol"], **own.get("protocol", {}), "split": name}}
 
@@ -149,7 +152,7 @@ def of_split(path, split, command="retrieval"):
 def load_retrieval(path, split):
     out = of_split(path, split)
     if lacking := {"neighbours", "queries", "gallery", "classes"} - out.keys():
-        raise data.BadInput(f"{path} is no result of: python evaluate.py retrieval --json (no {sorted(lacking)[0]})")
+        raise BadInput(f"{path} is no result of: python evaluate.py retrieval --json (no {sorted(lacking)[0]})")
     return out
 
 
@@ -169,9 +172,9 @@ def retrieval(args):
     results = [load_retrieval(f, args.split) for f in (args.json, args.versus) if f]
     for r in results:
         if args.view not in r["neighbours"]:
-            raise data.BadInput(f"there is no view {args.view} in it; it holds {', '.join(r['neighbours'])}")
+            raise BadInput(f"there is no view {args.view} in it; it holds {', '.join(r['neighbours'])}")
         if [q["path"] for q in r["queries"]] != [q["path"] for q in results[0]["queries"]]:
-            raise data.BadInput(f"{args.json} and {args.versus} answer different queries")
+            raise BadInput(f"{args.json} and {args.versus} answer different queries")
         check_comparable(args.versus, r["protocol"], args.json, results[0]["protocol"])
     queries, classes = results[0]["queries"], results[0]["classes"]
     by_class = {}
@@ -210,8 +213,8 @@ def lambdas(args):
             grid.flat[i], _ = ours(found, row.view, "R@1")
             count = max(count, len(found))
     if np.isnan(grid).all():
-        raise data.BadInput(f"{args.results} holds no run of Table 2 evaluated on {args.on}; make some with: "
-                            f"python -m experiments.tables run --table 2")
+        raise BadInput(f"{args.results} holds no run of Table 2 evaluated on {args.on}; make some with: "
+                       f"python -m experiments.tables run --table 2")
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.2))
     seeds = f"{count} seed{'s' if count > 1 else ''} at most"
     for axis, values, title in ((axes[0], np.array(LAMBDA_GRID), "paper: UCF101, RGB, 200 epochs"),
@@ -242,14 +245,14 @@ def features(args):
     files = [f for f in (args.features, args.versus) if f]
     figure, axes = plt.subplots(1, len(files), figsize=(6.2 * len(files), 5.6), squeeze=False)
     for axis, file in zip(axes.flat, files, strict=True):
-        header, arrays = data.load_arrays(file, "features", "python evaluate.py features")
+        header, arrays = load_arrays(file, "features", "python evaluate.py features")
         labels = arrays["labels"]
         shown = np.argsort(-np.bincount(labels, minlength=len(header["classes"])), kind="stable")[:args.classes]
         own = np.isin(labels, shown)
         if own.sum() < 5:
-            raise data.BadInput(f"{file} holds {own.sum()} videos, too few for a map")
+            raise BadInput(f"{file} holds {own.sum()} videos, too few for a map")
         if lacking := set(args.view.split("+")) - arrays.keys():
-            raise data.BadInput(f"{file} holds no features of {lacking.pop()}")
+            raise BadInput(f"{file} holds no features of {lacking.pop()}")
         values = {v: torch.from_numpy(arrays[v]) for v in args.view.split("+")}
         x = view_matrix(values, args.view, "coclr", "average").numpy()[own]
         at = TSNE(init="pca", perplexity=min(30, (len(x) - 1) / 3), random_state=0).fit_transform(x)
@@ -272,8 +275,8 @@ def confusion(args):
     figure, axes = plt.subplots(1, len(files), figsize=((side + 1) * len(files), side), squeeze=False)
     for axis, out, file in zip(axes.flat, results, files, strict=True):
         if args.view not in out["results"] or "queries" not in out:
-            raise data.BadInput(f"{file} has no single videos of view {args.view}: it takes the result of retrieval, "
-                                f"linear or finetune")
+            raise BadInput(f"{file} has no single videos of view {args.view}: it takes the result of retrieval, "
+                           f"linear or finetune")
         truth = np.array([q["label"] for q in out["queries"]])
         if "predictions" in out:
             said = np.array(out["predictions"][args.view])
@@ -304,7 +307,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(prog="python -m experiments.figures",
                                 description="Draw figures from the files that the stages wrote.")
     commands = p.add_subparsers(dest="command", required=True)
-    of = functools.partial(commands.add_parser, formatter_class=data.Help)
+    of = functools.partial(commands.add_parser, formatter_class=Help)
     c = of("prototypes", help="Fig. 3")
     c.add_argument("--prototypes", required=True, help="file of prototypes.py")
     c.set_defaults(draw=prototypes)
@@ -344,4 +347,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.command_line(main)
+    command_line(main)

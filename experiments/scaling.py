@@ -33,9 +33,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import pretrain
-import processes
-from data import Help, atomic, check_writable, command_line
-from experiments.bench_step import network, random_clips, settings
+from experiments.bench.step import network, random_clips, settings
+from support.batch_norm import synchronise_batch_norm
+from support.cli import Help, command_line
+from support.distributed import data_parallel
+from support.files import atomic, check_writable
 
 GPUS_A_NODE, NVLINK, ADAPTER = 8, 450e9, 50e9  # bytes a second
 BASE, INTRA, INTER = {"ring": 3.6, "tree": 4.4}, {"ring": 0.47, "tree": 0.52}, {"ring": 2.7, "tree": 5.0}  # us
@@ -79,8 +81,8 @@ def record(videos=10):
     try:
         device, s = torch.device("cpu"), settings()
         net, _ = network(s, device, torch.channels_last_3d)
-        net = processes.synchronise_batch_norm(net)
-        net = processes.share_gradients(net, device)
+        net = synchronise_batch_norm(net)
+        net = data_parallel(net, device)
         net.register_comm_hook(dist.group.WORLD, bucket_hook)
         clips = random_clips(device, torch.channels_last_3d, videos, [(2, 8), (4, 8)], 32)
         messages.clear()  # those of DDP's construction

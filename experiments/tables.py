@@ -29,9 +29,11 @@ from pathlib import Path
 
 import numpy as np
 
-import data
 import model
 from experiments.paper import LAMBDAS, TABLES, lambda_run
+from support.cli import Help, command_line
+from support.errors import BadInput
+from support.files import atomic, save_arrays
 
 ROOT = Path(__file__).parents[1]
 SAME = ("protocol", "fusion", "dataset", "split", "gallery", "queries", "classes")  # rows are comparable only then
@@ -62,8 +64,8 @@ def read_sets(path):
                 out[name] += ["--splits", str(Path(s["splits"]).absolute())]
         return out
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise data.BadInput(f"--sets {path} is no JSON file of {{name: {{dataset, videos, splits, flow}}}} "
-                            f"({e!r})") from e
+        raise BadInput(f"--sets {path} is no JSON file of {{name: {{dataset, videos, splits, flow}}}} "
+                       f"({e!r})") from e
 
 
 class Driver:
@@ -79,8 +81,8 @@ class Driver:
         out = Path(out)
         if out.exists() and str(out) in self.done:
             if self.done[str(out)] != command:
-                raise data.BadInput(f"{out} was made by another command ({shlex.join(self.done[str(out)])}); give "
-                                    f"another --results, or remove it")
+                raise BadInput(f"{out} was made by another command ({shlex.join(self.done[str(out)])}); give "
+                               f"another --results, or remove it")
             return True
         launch = [sys.executable]
         if processes > 1:
@@ -114,14 +116,14 @@ def read_commands(results):
     try:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     except ValueError as e:
-        raise data.BadInput(f"{path} is damaged ({e}); remove its broken line") from e
+        raise BadInput(f"{path} is damaged ({e}); remove its broken line") from e
 
 
 def random_prototypes(path, num, dim):
     """The unregularised prototypes of Table 3, trained or not: unit rows drawn at random, not fitted by Eq. 11."""
     p = np.random.default_rng(0).standard_normal((num, dim), dtype=np.float32)
-    data.save_arrays(path, "prototypes", {"num": num, "dim": dim, "seed": 0, "fitted": False},
-                     prototypes=p / np.linalg.norm(p, axis=1, keepdims=True))
+    save_arrays(path, "prototypes", {"num": num, "dim": dim, "seed": 0, "fitted": False},
+                prototypes=p / np.linalg.norm(p, axis=1, keepdims=True))
 
 
 def run(args):
@@ -129,7 +131,7 @@ def run(args):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sets, results = read_sets(args.sets), Path(args.results).absolute()
     for name in {args.pretrain, *args.on} - set(sets):
-        raise data.BadInput(f"--sets {args.sets} names no data set {name}; it has {', '.join(sets)}")
+        raise BadInput(f"--sets {args.sets} names no data set {name}; it has {', '.join(sets)}")
     driver, user = Driver(results), shlex.split(args.pretrain_flags)
     fitted, random = results / "prototypes.npz", results / "random_prototypes.npz"
     size = ["--num", str(args.num), "--dim", str(args.dim)]
@@ -178,7 +180,7 @@ def load(path, command="retrieval"):
         out["protocol"]["method"], out["results"]
         return out
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise data.BadInput(f"{path} is no result of: python evaluate.py {command} --json ({e})") from e
+        raise BadInput(f"{path} is no result of: python evaluate.py {command} --json ({e})") from e
 
 
 def collect(results, run_name, command, data_set):
@@ -273,7 +275,7 @@ def show_tables(args):
         parts.append(form(f"{table.title} ({' / '.join(table.metrics)})", HEAD, lines))
     text = "\n\n".join([*parts, note if args.format == "markdown" else escape(note)]) + "\n"
     if args.out:
-        with data.atomic(args.out) as tmp:
+        with atomic(args.out) as tmp:
             tmp.write_text(text)
         print(f"written: {args.out}")
     else:
@@ -285,7 +287,7 @@ def check_comparable(path, protocol, first_path, first):
     """Raise BadInput where two results differ in what their numbers depend on beside the network."""
     differ = [f"{k} {protocol.get(k)} and {first.get(k)}" for k in SAME if protocol.get(k) != first.get(k)]
     if differ:
-        raise data.BadInput(f"{path} and {first_path} can't be compared: {', '.join(differ)}")
+        raise BadInput(f"{path} and {first_path} can't be compared: {', '.join(differ)}")
 
 
 def show_files(args):
@@ -294,7 +296,7 @@ def show_files(args):
     first = next(iter(results.values()))["protocol"]
     for path, r in results.items():
         if "gallery" not in r["protocol"]:
-            raise data.BadInput(f"{path} is no result of: python evaluate.py retrieval --json")
+            raise BadInput(f"{path} is no result of: python evaluate.py retrieval --json")
         check_comparable(path, r["protocol"], args.files[0], first)
     ks = [k for k in args.k if all(f"R@{k}" in v for r in results.values() for v in r["results"].values())]
     print(f"{first['dataset']}, split {first['split']}, protocol {first['protocol']}: {first['queries']} queries, "
@@ -310,9 +312,9 @@ def show_files(args):
 
 def show(args):
     if bool(args.files) == bool(args.table):
-        raise data.BadInput("show takes either result files, or --table and --results")
+        raise BadInput("show takes either result files, or --table and --results")
     if args.table and not args.results:
-        raise data.BadInput("--results is missing: the folder that `tables run` filled")
+        raise BadInput("--results is missing: the folder that `tables run` filled")
     return show_tables(args) if args.table else show_files(args)
 
 
@@ -320,7 +322,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(prog="python -m experiments.tables",
                                 description="The tables of the paper, theirs beside ours.")
     commands = p.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("run", help="pre-train and evaluate what tables need", formatter_class=data.Help)
+    c = commands.add_parser("run", help="pre-train and evaluate what tables need", formatter_class=Help)
     c.add_argument("--table", type=int, nargs="+", choices=TABLES, required=True)
     c.add_argument("--results", required=True, help="folder to fill")
     c.add_argument("--sets", required=True, help="JSON file of the data sets")
@@ -334,7 +336,7 @@ def main(argv=None):
     c.add_argument("--evaluate-flags", default="", help="for evaluate.py, in one string")
     c.set_defaults(call=run)
     c = commands.add_parser("show", help="tables of the paper, or R@k of several result files",
-                            formatter_class=data.Help)
+                            formatter_class=Help)
     c.add_argument("files", nargs="*", help="results of: python evaluate.py retrieval --json FILE")
     c.add_argument("--k", type=int, nargs="+", default=[1, 5], help="of result files")
     c.add_argument("--table", type=int, nargs="+", choices=TABLES)
@@ -348,4 +350,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.command_line(main)
+    command_line(main)

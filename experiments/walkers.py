@@ -30,8 +30,11 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from data import BadInput, atomic, check_writable, command_line, decode
 from experiments.puppets import ACTIONS, render, subject
+from support.cli import command_line
+from support.errors import BadInput
+from support.files import atomic, check_writable
+from support.videos import decode
 
 VERSION = 2
 SETTINGS = {"train": 400, "test": 200, "size": 64, "frames": 18, "seed": 0, "fps": 25}

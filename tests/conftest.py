@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,27 +11,13 @@ os.environ["OMP_NUM_THREADS"] = "2"  # here and in the processes that tests star
 
 import numpy as np
 import pytest
+from helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-import data  # noqa: E402
-import flow  # noqa: E402
-from experiments import walkers  # noqa: E402
+import flow
+from experiments import walkers
+from support.files import save_arrays
 
 CLIPS = ROOT.parent / "shared" / "data"
-
-
-def cuda_on_cpu(source, library, *flags):
-    """Compile CUDA kernels by g++ over the stand-in for CUDA: cuda_on_cpu/`source` -> library. Skips without g++."""
-    if not shutil.which("g++"):
-        pytest.skip("no g++ to compile the kernels with")
-    tests = Path(__file__).parent
-    run = subprocess.run(["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-fno-gnu-unique", "-U_FORTIFY_SOURCE", "-w",
-                          *flags, *os.environ.get("GOCA_CXXFLAGS", "").split(), f"-I{tests / 'cuda_on_cpu'}",
-                          f"-I{ROOT / 'csrc'}", str(tests / "cuda_on_cpu" / source), "-o", str(library)],
-                         capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +39,7 @@ class TinySet:
                             "--epsilon", "0.1"])
         assert status == 0
         p = np.random.default_rng(0).standard_normal((24, 16), dtype=np.float32)
-        data.save_arrays(self.prototypes, "prototypes", {}, prototypes=p / np.linalg.norm(p, axis=1, keepdims=True))
+        save_arrays(self.prototypes, "prototypes", {}, prototypes=p / np.linalg.norm(p, axis=1, keepdims=True))
 
     def common(self):
         return ["--dataset", "ucf101", "--videos", str(self.videos), "--splits", str(self.splits), "--flow",
@@ -67,11 +52,11 @@ def tiny(tmp_path_factory):
 
 
 class Forked:
-    """tests/forked.py: `forked(function, **arguments)` fails with what that printed."""
+    """tests/helpers/forked.py: `forked(function, **arguments)` fails with what that printed."""
 
     def __init__(self, root):
         self.said = root / "said"
-        self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "forked.py")], text=True,
+        self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "helpers" / "forked.py")], text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         env={**os.environ, "OMP_NUM_THREADS": "1"})
 

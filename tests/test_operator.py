@@ -10,16 +10,15 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.paths import ROOT
 from torch.library import opcheck
 
 import goca
 
-ROOT = Path(__file__).parents[1]
 built = pytest.mark.skipif(goca._goca is None, reason=f"the extension isn't built: {goca.BUILD}")
 DEVICES = [pytest.param("cpu", marks=built), pytest.param("cuda", marks=[built, pytest.mark.skipif(
     not torch.cuda.is_available() or goca._goca is None or not goca._goca.cuda,

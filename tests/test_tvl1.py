@@ -9,22 +9,21 @@ import ctypes
 import itertools
 import shutil
 import subprocess
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from helpers.paths import ROOT
+from helpers.tvl1 import FIVE, LIKE, MOTIONS, SAME, moved, texture
 from torch.library import opcheck
 
-import data
 import goca
 import tvl1
+from support.stores import quantise
+from support.videos import VIDEO_SUFFIXES, decode
 
-ROOT = Path(__file__).parents[1]
 built = pytest.mark.skipif(goca._goca is None, reason=f"the extension isn't built: {goca.BUILD}")
-FIVE = int(cv2.__version__.split(".")[0]) >= 5
-LIKE, SAME = (0.02, 1e-3) if FIVE else (0.06, 0.06)  # px on average; of small pictures, where borders count for much
 five = pytest.mark.skipif(not FIVE, reason="OpenCV 4 rounds its warps to 1/32 px")
 OPENCV = {"tau": "Tau", "lam": "Lambda", "theta": "Theta", "scales": "ScalesNumber", "warps": "WarpingsNumber",
           "epsilon": "Epsilon", "inner": "InnerIterations", "outer": "OuterIterations", "scale_step": "ScaleStep",
@@ -48,27 +47,13 @@ def assert_as_asked(flow, expected):
     apart."""
     assert flow.shape == expected.shape and flow.dtype == expected.dtype
     assert np.linalg.norm(flow - expected, axis=1).mean() < LIKE
-    steps = np.abs(data.quantise(flow).astype(int) - data.quantise(expected))
+    steps = np.abs(quantise(flow).astype(int) - quantise(expected))
     assert (steps <= 1).mean() > (0.99 if FIVE else 0.98)
-
-
-def texture(h, w, seed=0, sigma=2):
-    noise = np.random.default_rng(seed).normal(size=(h, w)).astype(np.float32)
-    return cv2.normalize(cv2.GaussianBlur(noise, (0, 0), sigma), None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
-
-
-def moved(h, w, matrix, seed=0):
-    """Two frames [2, h, w]; `matrix` [2, 3] takes a point of the first, from the centre, to its place in the second."""
-    big, room = texture(h + 80, w + 80, seed), np.array([w / 2 + 40, h / 2 + 40])
-    linear = np.float64(matrix)[:, :2]
-    whole = np.c_[linear, np.float64(matrix)[:, 2] + room - linear @ room]
-    second = cv2.warpAffine(big, whole, (w + 80, h + 80), flags=cv2.INTER_CUBIC)
-    return np.stack([big, second])[:, 40:-40, 40:-40].copy()
 
 
 def greys(path, count, height, start=5):
     frames = []
-    for k, frame in enumerate(data.decode(path)):
+    for k, frame in enumerate(decode(path)):
         if k >= start:
             grey = cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY)
             size = round(grey.shape[1] * height / grey.shape[0]), height
@@ -81,10 +66,6 @@ def greys(path, count, height, start=5):
 # ---------------------------------------------------------------------------------------------------------------------
 # As OpenCV
 # ---------------------------------------------------------------------------------------------------------------------
-TURN = np.deg2rad(2)
-MOTIONS = {"right": [[1, 0, 2.5], [0, 1, 0]], "up": [[1, 0, 0], [0, 1, -3]], "far": [[1, 0, 5], [0, 1, 3]],
-           "turn": [[np.cos(TURN), -np.sin(TURN), 0], [np.sin(TURN), np.cos(TURN), 0]],
-           "zoom in": [[1.04, 0, 0], [0, 1.04, 0]], "zoom out": [[0.96, 0, 1], [0, 0.96, 0]]}
 
 
 @built
@@ -117,7 +98,7 @@ def test_occlusion():
 @built
 @pytest.mark.parametrize("dataset", ["ucf101", "hmdb51", "kinetics400"])
 def test_film(dataset, real_clips):
-    paths = sorted(p for p in (real_clips / dataset / "videos").rglob("*") if p.suffix in data.VIDEO_SUFFIXES)
+    paths = sorted(p for p in (real_clips / dataset / "videos").rglob("*") if p.suffix in VIDEO_SUFFIXES)
     for path in paths[:3]:
         frames = greys(path, 3, 96)
         assert_as_asked(ours(frames), opencv(frames))

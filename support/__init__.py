@@ -1,0 +1,35 @@
+"""What the stages stand on; a first reading of the method may skip it. One subject a file.
+
+Commands and files
+    errors          what the user can mend: BadInput and exit statuses
+    cli             messages and exit statuses of a command, the layout of its help
+    files           written whole or not at all, checked when loaded: .npz with a JSON header
+    avi             motion-JPEG AVI, the files of the stores
+    stores          the stores of flow and of RGB; flow in 8 bits
+    checkpoints     a run's checkpoints: saved, rotated, resumed from
+Videos
+    videos          which files there are, and their frames
+    video_index     how many frames each really gives (python -m support.video_index)
+    datasets        the published lists of data sets: which videos, which labels
+    loader          clips through torch's DataLoader, when any file may crash its reader
+    worker_pool     many files in processes, when any may crash, stall or fill the memory
+Optical flow (stage 1)
+    flow_methods    TV-L1, DIS, Farneback and their parameters; which backend and device
+    flow_pipeline   one video from file to store
+    flow_gpu        many videos at once on a GPU
+    flow_info       what a store holds, and a picture of a field
+Training (stage 3)
+    optim           LARS, AdamW, steps left out where a gradient is not finite, the learning rate
+    training_log    RUN/log.jsonl, the terminal, warnings of collapse
+    signals         signals that ask a run to stop, the clock that asks it to save
+    distributed     several processes: how they start, what they share and must have alike
+    batch_norm      batch norm over the whole batch
+    watchdog        hung and lost processes
+Evaluation (stage 4)
+    features        features of every video of a list, extracted once and kept
+    inference       test clips through a network, averaged by video
+    classifiers     linear probe and fine-tuning
+    metrics         nearest neighbours, R@k, accuracy, Acc, NMI and F1 of clusters
+    kmeans          k-means, all restarts as one batch
+    weights         other people's weights, and exports of ours
+"""

@@ -1,0 +1,55 @@
+"""What all commands share: messages and exit statuses, the layout of their help, printing.
+
+`command_line` turns what a stage raises into one message and its exit status (docs/training.md lists them).
+"""
+
+import argparse
+import os
+import sys
+
+from support.errors import BadInput
+
+
+def command_line(main):
+    """Run a stage's `main` and leave with its status; BadInput is one message and its status, Ctrl-C is 130, an output
+    that nobody reads any more, as of `| head`, 141."""
+    try:
+        status = main()
+        print(end="", flush=True)
+        sys.exit(status)
+    except BrokenPipeError:
+        _mute()
+        sys.exit(141)
+    except BadInput as e:
+        if not e.printed:
+            print(f"error: {e}", file=sys.stderr)
+        sys.exit(e.status)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+class Help(argparse.HelpFormatter):
+    """Help of a command: each flag with its default where it has one and its text names none."""
+
+    def add_argument(self, action):
+        value = action.default
+        has = not (value is None or value is False or value in ("", [], argparse.SUPPRESS))
+        if has and "default" not in (action.help or ""):
+            shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            said = f"default: {shown.replace('%', '%%')}"
+            action.help = f"{action.help} ({said})" if action.help else said
+        super().add_argument(action)
+
+
+def _mute():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end goes there too
+
+
+def say(*lines, end="\n"):
+    """Print lines at once, names that are no Unicode too; where nobody reads them any more, as after `| head -1`, the
+    work goes on without."""
+    try:
+        print(*(line.encode(errors="backslashreplace").decode() for line in lines), sep="\n", end=end, flush=True)
+    except BrokenPipeError:
+        _mute()

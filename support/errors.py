@@ -1,0 +1,18 @@
+"""What the user can mend: the two errors that end a command with a message in place of a traceback."""
+
+import os
+
+EXIT_LOST = os.EX_TEMPFAIL  # 75: status of a process that waited in vain for the others; the same command continues
+
+
+class BadInput(ValueError):
+    """Something the user can mend. Stages print it as one message and leave with status 2."""
+
+    status = 2
+    printed = False  # by another process, so this one need not
+
+
+class Unreadable(BadInput):
+    """A file that may be well, and which another start may be able to read: status 75."""
+
+    status = os.EX_TEMPFAIL

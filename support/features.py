@@ -1,0 +1,225 @@
+"""Backbone features of every video of a list, extracted once and kept (section 4.2; stage 4's first half).
+
+In   a checkpoint of pretrain.py (or `none`: the untrained network) or backbones of weights.py, the videos of a subset
+     and their flow store.
+Out  one .npz a subset and protocol: rgb and flow (of whichever there is a network) float32 [n, D] (the mean over a
+     video's test views), labels int64 [n], names [n], and a header that says of which weights, videos, flow and views.
+     Retrieval, clusters and the linear probe read it; a file that is not of exactly these weights, videos, flow and
+     views is refused.
+
+Work is kept every 16 videos, so an interrupted extraction goes on where it was; several processes share the blocks.
+
+"""
+
+import hashlib
+import json
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import model
+from support.checkpoints import load_checkpoint
+from support.errors import BadInput
+from support.files import load_arrays, save_arrays
+from support.inference import group_by_views, mean_over_views
+from support.loader import Loader
+from support.weights import load
+
+BLOCK = 16  # videos between two saves
+NETWORK = ("arch", "width", "pool", "frames", "size", "stride")  # settings that decide what a feature is
+
+
+class Features(NamedTuple):
+    """Of the n videos of a subset that could be read."""
+    values: dict  # view -> float32 [n, D]
+    labels: torch.Tensor  # int64 [n]
+    videos: list  # of datasets.Video
+    classes: list  # names
+    left_out: list  # messages: what is listed and not among the n
+
+
+def load_network(s):
+    """--checkpoint or --weights -> (network in eval mode, its settings); what a flag says must agree with them."""
+    given = {k: getattr(s, k) for k in NETWORK}
+    free = {k: given[k] for k in ("frames", "size", "stride") if given[k] is not None}
+    if s.weights:
+        net, settings = load(*s.weights, pool=s.pool)
+        check_network_flags(given, settings, f"--weights {s.checkpoint}")
+    elif s.checkpoint == "none":
+        settings = {"arch": "s3d", "width": 1.0, "pool": "avg", "frames": 32, "size": 128, "stride": 1, "hidden": 8,
+                    "method": "goca", "seed": s.seed, **{k: v for k, v in given.items() if v is not None}}
+        net = model.two_view(settings, torch.eye(2))
+    else:
+        state = load_checkpoint(s.checkpoint)
+        settings = {**state["settings"], "step": state["step"]}
+        check_network_flags(given, settings, s.checkpoint)
+        net = model.two_view(settings, state["model"]["prototypes"])
+        net.load_state_dict(state["model"])
+    settings |= free
+    if why := model.too_small(settings["arch"], settings["frames"], settings["size"]):
+        raise BadInput(f"{why}: raise --frames or --size")
+    return net.eval(), settings
+
+
+def check_network_flags(given, settings, what):
+    """Refuse flags that say another network than the one that was loaded."""
+    for k in ("arch", "width", "pool"):
+        if given[k] is not None and given[k] != settings[k]:
+            raise BadInput(f"{what} was trained with --{k} {settings[k]}, not {given[k]}; leave the flag out")
+
+
+def fingerprint(module):
+    """SHA-256 of a module's parameters and buffers, bit by bit."""
+    h = hashlib.sha256()
+    for name, t in module.state_dict().items():
+        h.update(name.encode() + t.detach().cpu().contiguous().numpy().tobytes())
+    return h.hexdigest()
+
+
+def check_store(store, settings, s):
+    """Refuse a flow store made with other settings than the one that the checkpoint was trained on."""
+    trained = settings.get("flow_header")
+    if trained is None or trained == store.header:
+        return
+    keys = sorted(k for k in trained.keys() | store.header.keys() if trained.get(k) != store.header.get(k))
+    what = ", ".join(f"{k}: {trained.get(k)} in training, {store.header.get(k)} here" for k in keys)
+    raise BadInput(f"the flow in {s.flow} was made with other settings than the checkpoint's ({what}); extract it "
+                   f"with the same")
+
+
+@torch.inference_mode()
+def extract_blocks(net, videos, store, s, device, what, keep, done=()):
+    """Features of `videos` block by block; calls keep(block, {view: float32 [k, D], "kept", "faults"}).
+
+    kept: places in `videos` of the k that could be read. done: blocks to leave out. Under protocol "goca" each view's
+    feature has unit length before the average.
+    """
+    clips = data.TestClips(videos, store, protocol=s.protocol, frames=s.frames, size=s.size, stride=s.stride)
+    views = list(net.backbones)
+    places = range(len(videos))
+    blocks = {b: places[b * BLOCK:(b + 1) * BLOCK] for b in range(-(-len(videos) // BLOCK)) if b not in done}
+    own = [i for block in blocks.values() for i in block]
+    items = iter(Loader(clips, lambda done: {"sampler": own[done:], "batch_size": None}, s.workers))
+    progress = tqdm(total=len(videos), initial=len(videos) - len(own), desc=what, unit="video", mininterval=1)
+
+    def of_views(x):
+        f = {view: net.features(view, c) for view, c in x.items()}
+        return {view: F.normalize(each, dim=1) for view, each in f.items()} if s.protocol == "goca" else f
+
+    for b, block in blocks.items():
+        parts, kept, faults = [], [], []
+        for group in group_by_views(islice(items, len(block)), s.batch_views):
+            progress.update(len(group))
+            faults += [i["fault"] for i in group if "fault" in i]
+            group = [i for i in group if "fault" not in i]
+            if group:
+                parts.append(mean_over_views(of_views, group, views, device, s.batch_views))
+                kept += [i["index"] for i in group]
+        values = {v: torch.cat([p[v] for p in parts]) if parts else torch.zeros(0, net.backbones[v].feature_dim)
+                  for v in views}
+        for i, *rows in zip(kept, *values.values(), strict=True):
+            if not all(r.isfinite().all() for r in rows):
+                raise BadInput(f"the features of {videos[i].path} are not finite: the weights of {s.checkpoint} "
+                               f"are damaged or its training diverged; take an earlier checkpoint")
+        keep(b, {**{v: t.numpy() for v, t in values.items()}, "kept": np.array(kept, np.int64),
+                 "faults": np.array(faults, str)})
+    progress.close()
+
+
+def join_blocks(parts):
+    """Blocks of `extract_video` in order -> one."""
+    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+
+def load_or_extract(net, found, store, s, device, what, rank=0, world=1):
+    """The features of a VideoSet, from the file that holds them if there is one -> Features (None on rank > 0).
+
+    Raises BadInput where none of the videos can be read, or the file is of other weights, videos, flow or views.
+    """
+    videos = found.videos
+    header = {"weights": fingerprint(net.backbones), **{k: getattr(s, k) for k in (*NETWORK, "protocol")},
+              "precision": "bf16" if device.type == "cuda" else "float32", "flow": store.header,
+              "videos": hashlib.sha256(json.dumps([(v.name, v.label) for v in videos]).encode()).hexdigest(),
+              "without_flow": [v.name for v in videos if v.name not in store]}
+    key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
+    at = Path(s.weights[-1].rpartition("=")[2] if s.weights else s.checkpoint)
+    folder = s.features or (None if s.checkpoint == "none" else (at if at.is_dir() else at.parent) / "features")
+    if folder is None and world > 1:
+        raise BadInput("several processes need --features, the folder in which they share their work")
+    path = folder and Path(folder) / f"{s.dataset}-{what}-{s.protocol}-{key}.npz"
+    made_by = f"python evaluate.py features --{'weights' if s.weights else 'checkpoint'} {s.checkpoint}"
+    if path is None or not path.exists():
+        joined = _extract_all(net, videos, store, s, device, what, path, rank, world)
+        if rank == 0:
+            header |= {"key": key, "classes": found.classes}
+            joined |= {"names": np.array([videos[i].name for i in joined["kept"]], str),
+                       "labels": np.array([videos[i].label for i in joined["kept"]], np.int64)}
+            if path and len(joined["kept"]):
+                save_arrays(path, "features", header, **joined)
+                print(f"written: {path}")
+            if path:  # of nothing, too: the same command is to try again
+                for part in path.parent.glob(f".{path.stem}-*.npz"):
+                    part.unlink()
+    elif rank == 0:
+        header, joined = load_arrays(path, "features", made_by)
+        if header.get("key") != key:
+            raise BadInput(f"{path} holds the features of another checkpoint, data set or protocol; remove it")
+        if not all(np.isfinite(joined[v]).all() for v in net.backbones):
+            raise BadInput(f"{path} holds features that are not finite; remove it")
+        print(f"features of {len(joined['kept'])} {what} videos: {path}")
+    if rank:
+        return None
+    faults = [str(f) for f in joined["faults"]]
+    if not len(joined["kept"]):
+        raise BadInput(f"none of the {len(videos)} {what} videos can be read; the first: {faults[0]}")
+    return Features({v: torch.from_numpy(joined[v]) for v in net.backbones}, torch.from_numpy(joined["labels"]),
+                    [videos[i] for i in joined["kept"]], found.classes,
+                    [f"{a}: listed, but absent" for a in found.absent] + faults)
+
+
+def _extract_all(net, videos, store, s, device, what, path, rank, world):
+    """`extract_video` shared by all processes and kept in parts beside `path` -> everything on rank 0."""
+    blocks = -(-len(videos) // BLOCK)
+    if path is None:
+        parts = {}
+        extract_blocks(net, videos, store, s, device, what, parts.__setitem__)
+        return join_blocks([parts[b] for b in range(blocks)])
+
+    def part(b):
+        return path.parent / f".{path.stem}-{b:05d}.npz"
+
+    def keep(b, arrays):
+        save_arrays(part(b), "part of features", {}, **arrays)
+
+    done = {b for b in range(blocks) if b % world != rank or part(b).exists()}
+    extract_blocks(net, videos, store, s, device, what, keep, done)
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        return join_blocks([load_arrays(part(b), "part of features", "the same command")[1] for b in range(blocks)])
+
+
+def prepare(features, protocol):
+    """Averaged features [n, D] of one view and subset -> unit rows; "coclr" centres each set by its own mean."""
+    if protocol == "coclr":
+        features = features - features.mean(0)
+    return F.normalize(features, dim=1)
+
+
+def view_matrix(values, view, protocol, fusion):
+    """Features {view: [n, D]} -> the unit rows [n, D] whose inner products are the similarities of `view`.
+
+    "rgb+flow": "average" is the mean of both unit features, of unit length again (paper); "similarity" adds both
+    similarities (CoCLR, ViCC), which is the inner product of the features side by side, [n, 2D].
+    """
+    each = [prepare(values[v], protocol) for v in view.split("+")]
+    if len(each) == 1:
+        return each[0]
+    return F.normalize(sum(each), dim=1) if fusion == "average" else torch.cat(each, dim=1) / len(each) ** 0.5

@@ -1,0 +1,97 @@
+"""Files that one stage hands the next: written whole or not at all, checked when loaded, never executed.
+
+`atomic` writes to a temporary name and renames. `save_arrays` and `load_arrays` are the .npz files with a JSON header
+that hold prototypes, features and the index of videos.
+"""
+
+import json
+import os
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+
+from support.errors import BadInput
+
+
+@contextmanager
+def atomic(path, exclusive=False):
+    """Yield a temporary path beside `path`; it becomes `path` when the block ends well and vanishes otherwise.
+
+    exclusive: raise FileExistsError where `path` stands already, in place of replacing it.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(prefix=".tmp-", suffix=path.suffix, dir=path.parent)
+    except OSError as e:
+        raise BadInput(f"{path} can't be written ({e.strerror}); choose a folder that can") from e
+    os.close(fd)
+    try:
+        yield Path(name)
+        with open(name, "rb") as f:
+            os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        with suppress(PermissionError):  # a file system without rights of its own
+            os.chmod(name, 0o666 & ~umask)
+        (_link if exclusive else os.replace)(name, path)
+    except FileExistsError:
+        raise
+    except OSError as e:
+        raise BadInput(f"{path} could not be written ({e.strerror}); what stood there before is untouched") from e
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _link(source, path):
+    """os.link; where there are no hard links, `path` is claimed by an empty file that the other then replaces."""
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        os.replace(source, path)
+
+
+def check_writable(path, option):
+    """Before long work: raise BadInput if it could not write its result, the file `path` of `option`, in the end."""
+    path = Path(path)
+    if path.is_dir():
+        raise BadInput(f"{option} {path} is a folder; give the name of a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as e:
+        raise BadInput(f"{option} {path} can't be written ({e.strerror}); choose a folder that can") from e
+
+
+def save_arrays(path, kind, header, **arrays):
+    """Write arrays and a JSON header to one .npz file.
+
+    path: the file, any suffix. kind: what it holds ("prototypes", "features"). header: JSON-able settings.
+    """
+    header = {"kind": kind, "version": 1, **header}
+    with atomic(path) as tmp, open(tmp, "wb") as f:
+        np.savez(f, header=np.array(json.dumps(header)), **arrays)
+
+
+def load_arrays(path, kind, made_by):
+    """Read what `save_arrays` wrote -> (header, {name: array}); nothing in the file is executed.
+
+    Raises BadInput, with the command that makes the file, where it is missing, damaged or of another kind.
+    """
+    if not Path(path).is_file():
+        raise BadInput(f"{path} doesn't exist; make it with: {made_by}")
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            arrays = {k: f[k] for k in f.files}
+        header = json.loads(str(arrays.pop("header")))
+    except Exception as e:  # numpy, zipfile and json each have their own words for a damaged file
+        raise BadInput(f"{path} is damaged or no {kind} file ({e}); make it with: {made_by}") from e
+    if header.get("kind") != kind or header.get("version") != 1:
+        raise BadInput(f"{path} holds {header.get('kind')} version {header.get('version')}, but {kind} version 1 is "
+                       f"needed; make it with: {made_by}")
+    return header, arrays

@@ -1,0 +1,91 @@
+"""What the features are worth: nearest neighbours, and the numbers made of neighbours, clusters and classes.
+
+Retrieval (section 4.2): `nearest`, `recall`. Clusters (section 4.3): `cluster_scores`. Classification (section 4.4):
+`accuracy`. Everything is exact: no index, no sampling. evaluate.py holds the commands.
+"""
+
+import math
+
+import torch
+from scipy.optimize import linear_sum_assignment
+
+KS = (1, 5, 10, 20, 50)
+TILE = 1024, 4096  # queries and gallery rows whose similarities are held at a time: 16 MiB in float32
+
+
+def nearest(queries, gallery, k):
+    """The k nearest gallery rows of each query by inner product, nearest first: [q, D], [g, D] -> int64 [q, k].
+
+    One matrix product in tiles that stay in the cache; a query's k best so far go from tile to tile, so memory does not
+    grow with the gallery. Of equal similarities either may come first.
+    """
+    tiles = gallery.tensor_split(max(1, round(len(gallery) / TILE[1])))
+    out = []
+    for q in queries.split(TILE[0]):
+        best, places, at = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64, device=q.device), 0
+        for tile in tiles:
+            values, i = (q @ tile.T).topk(min(k, len(tile)), dim=1)
+            values, places = torch.cat([best, values], dim=1), torch.cat([places, i + at], dim=1)
+            best, i = values.topk(min(k, values.shape[1]), dim=1)
+            places, at = places.gather(1, i), at + len(tile)
+        out.append(places)
+    return torch.cat(out)
+
+
+def recall(neighbours, query_labels, gallery_labels):
+    """R@k in percent for k in KS that the gallery allows, with standard errors and chance.
+
+    neighbours [q, K]; labels int64 [q], [g]. Chance is that of k gallery videos drawn at random.
+    """
+    right = gallery_labels[neighbours] == query_labels[:, None]  # [q, K]
+    out, g, q = {}, len(gallery_labels), len(query_labels)
+    others = g - torch.bincount(gallery_labels, minlength=int(query_labels.max()) + 1)[query_labels].double()
+    for k in (k for k in KS if k <= neighbours.shape[1]):
+        hit = right[:, :k].any(1).double().mean().item()
+        i = torch.arange(k, dtype=torch.float64)
+        miss = ((others[:, None] - i).clamp(min=0) / (g - i)).prod(1)  # C(others, k) / C(g, k)
+        out |= {f"R@{k}": 100 * hit, f"R@{k} standard error": 100 * math.sqrt(hit * (1 - hit) / q),
+                f"R@{k} chance": 100 * (1 - miss.mean().item())}
+    return out
+
+
+def accuracy(probabilities, labels):
+    """Top-1 and top-5 accuracy in percent with standard errors: [n, classes], int64 [n] -> dict."""
+    out = {}
+    for k in (k for k in (1, 5) if k <= probabilities.shape[1]):
+        hit = (probabilities.topk(k, dim=1).indices == labels[:, None]).any(1).double().mean().item()
+        out |= {f"top-{k}": 100 * hit, f"top-{k} standard error": 100 * math.sqrt(hit * (1 - hit) / len(labels))}
+    return out
+
+
+def cluster_scores(labels, truth, k):
+    """Acc, NMI and F1 (section 4.3) in percent of clusterings [R, n] against classes [n] -> {name: float64 [R]}.
+
+    Each cluster takes the class of most of its members. Acc: share of right members; "Acc one-to-one": where each class
+    may name one cluster only (Hungarian). NMI: over the arithmetic mean of both entropies. F1: mean over classes;
+    "F1 weighted": by their members.
+    """
+    labels, truth = labels.cpu(), truth.cpu()
+    runs, n, classes = len(labels), len(truth), int(truth.max()) + 1
+    cell = (torch.arange(runs)[:, None] * k + labels) * classes + truth
+    table = torch.bincount(cell.flatten(), minlength=runs * k * classes).view(runs, k, classes)
+    best = table.argmax(2)  # [R, k]: the class of a cluster; the first of equals
+
+    def entropy(p, dims):
+        return -torch.special.xlogy(p, p).sum(dims)
+
+    p = table.double() / n
+    h_clusters, h_classes, h = entropy(p.sum(2), 1), entropy(p.sum(1), 1), entropy(p, (1, 2))
+    both = (h_clusters + h_classes) / 2
+    nmi = torch.where(both > 0, (h_clusters + h_classes - h) / both.clamp(min=1e-300), 1.0)
+
+    predicted = torch.zeros(runs, classes, classes, dtype=torch.int64).scatter_add_(
+        1, best[..., None].expand_as(table), table)  # [R, predicted class, class]
+    hit = predicted.diagonal(dim1=1, dim2=2).double()
+    members = predicted.sum(1)  # of each class
+    total = predicted.sum(2) + members
+    f1 = 2 * hit / total.clamp(min=1)
+    one_to_one = [t[linear_sum_assignment(t, maximize=True)].sum() for t in table.numpy()]
+    return {"Acc": 100 * hit.sum(1) / n, "NMI": 100 * nmi, "F1": 100 * f1.sum(1) / (total > 0).sum(1),
+            "Acc one-to-one": 100 * torch.tensor(one_to_one, dtype=torch.float64) / n,
+            "F1 weighted": 100 * (f1 * members).sum(1) / n}

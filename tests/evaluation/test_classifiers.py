@@ -1,0 +1,155 @@
+"""Linear probe and fine-tuning: schedules, what changes and what must not, several processes, stopping and going on."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from helpers.evaluation import UNTRAINED, checkpoint, command, in_two_processes, result
+from helpers.paths import ROOT
+
+import evaluate
+import model
+from support import classifiers
+from support.checkpoints import load_checkpoint
+from support.errors import BadInput
+
+
+def test_schedules():
+    vicc, released = classifiers.FINETUNE["vicc"], classifiers.LINEAR["released"]
+    lr = [classifiers.recipe_rate(e * 7, 7, vicc) for e in (0, 199, 200, 299, 300, 399, 400, 449, 450, 499)]
+    assert lr == pytest.approx([0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
+    assert [classifiers.recipe_rate(s, 1, released) for s in (0, 50, 100)] == pytest.approx([0.3, 0.15, 0])
+    short = classifiers.LINEAR["vicc"]._replace(epochs=10)
+    assert [round(classifiers.recipe_rate(e, 1, short), 9) for e in (5, 6, 7, 8)] == [0.1, 0.01, 0.01, 0.001]
+
+
+def test_backbone_learns_at_its_share_of_the_rate():
+    net = model.two_view({"arch": "s3d", "width": 0.125, "hidden": 8, "pool": "avg", "method": "goca", "seed": 0},
+                         torch.eye(4))
+    recipe = classifiers.FINETUNE["coclr"]
+    c = classifiers.Classifier({"rgb": net.backbones["rgb"]}, 128, 3, recipe, frozen=False)
+    optimizer = classifiers.classifier_optimizer(c, recipe)
+    x = {"rgb": torch.randn(2, 3, 8, 32, 32)}
+    classifiers.classifier_step(c(x), torch.tensor([0, 1]), optimizer, 2e-3, "x")
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([2e-3, 2e-4])
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in c.parameters()}
+
+
+TRAIN = ["--epochs", "2", "--batch-size", "5", "--views", "rgb+flow", "--scale", "1", "1.2"]
+
+
+def test_linear_on_clips_leaves_the_backbone_bit_equal(tiny, tmp_path, monkeypatch):
+    run = checkpoint(tmp_path)
+    more = ["--checkpoint", run, "--on", "clips", *TRAIN]
+    out = result(tiny, tmp_path, "linear", *more, "--out", str(tmp_path / "a"))
+    assert out["protocol"]["on"] == "clips" and 0 <= out["results"]["rgb+flow"]["top-1"] <= 100
+    after = load_checkpoint(tmp_path / "a" / "linear-split1-rgb+flow.pt")["model"]
+    for k, t in load_checkpoint(run)["model"].items():
+        if k.startswith("backbones."):
+            assert torch.equal(after[k], t), k
+    assert after["head.2.weight"].abs().max() > 0.01  # and the linear layer did learn
+    monkeypatch.setattr(classifiers.Classifier, "train", torch.nn.Module.train)  # batch norm learns
+    with pytest.raises(AssertionError, match="frozen backbone changed"):
+        command(tiny, "linear", *more, "--out", str(tmp_path / "b"))
+
+
+# Commands one after another in processes that are there already; fine-tuning without dropout, which every process draws
+# for itself. Rank 1 gets a signal in step INTERRUPT.
+SCRIPT = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch.distributed as dist
+import evaluate
+from support import classifiers
+join = dist.init_process_group  # once for all commands
+dist.init_process_group = lambda *how, **more: dist.is_initialized() or join(*how, **more)
+dist.destroy_process_group = lambda: None
+classifiers.FINETUNE["vicc"] = classifiers.FINETUNE["vicc"]._replace(dropout=0.0)
+update, steps = classifiers.classifier_step, []
+def signalled(*args):
+    steps.append(1)
+    if os.environ["RANK"] == "1" and str(len(steps)) == os.environ.get("INTERRUPT"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return update(*args)
+classifiers.classifier_step = signalled
+for argv in " ".join(sys.argv[1:]).split(" THEN "):
+    evaluate.evaluate(evaluate.arguments(argv.split()))
+"""
+
+
+def test_two_processes_train_as_one_does(tiny, tmp_path, monkeypatch):
+    """Also where one of them was asked to stop on the way. Equal up to the order of sums, dropout left aside: a batch
+    norm over 10 values of 1 x 1 x 1 turns rounding into 2e-4 of a gradient (1e-11 of it in float64), and the next step
+    goes on from there; so the update of the backbone is compared, to a tenth.
+    """
+    monkeypatch.setitem(classifiers.FINETUNE, "vicc", classifiers.FINETUNE["vicc"]._replace(dropout=0.0))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    more = ["--checkpoint", checkpoint(tmp_path), "--epochs", "1", "--views", "flow", "--scale", "1", "1.2"]
+    commands = {"finetune": [*more, "--lr", "1e-4"], "linear": [*more, "--on", "clips"]}
+    one = {name: result(tiny, tmp_path, name, *argv, "--batch-size", "10", "--out", str(tmp_path / "one"))
+           for name, argv in commands.items()}
+    two = {name: [name, *tiny.common(), *argv, "--workers", "0", "--batch-size", "5", "--out", str(tmp_path / "two"),
+                  "--json", str(tmp_path / f"{name}.json")] for name, argv in commands.items()}
+    monkeypatch.setenv("INTERRUPT", "1")
+    out = in_two_processes(*two["finetune"], script=tmp_path / "script.py", status=1)
+    assert "saved step 1 of 2; the same command continues" in out.stdout
+    monkeypatch.delenv("INTERRUPT")
+    in_two_processes(*two["finetune"], "THEN", *two["linear"], script=tmp_path / "script.py")
+    start = load_checkpoint(tmp_path)["model"]
+    for name in commands:
+        a, b = (load_checkpoint(tmp_path / n / f"{name}-split1-flow.pt") for n in ("one", "two"))
+        assert a["step"] == b["step"] == 2
+        near = {"rtol": 1e-3, "atol": 1e-4 if name == "finetune" else 1e-5}
+        for k in a["model"]:
+            torch.testing.assert_close(a["model"][k], b["model"][k], **near)
+        if name == "finetune":
+            whole = [torch.cat([m[k].flatten() for k in start
+                                if k.startswith("backbones.flow.") and k.endswith(("weight", "bias"))])
+                     for m in (start, a["model"], b["model"])]
+            assert 10 * (whole[1] - whole[2]).norm() < (whole[1] - whole[0]).norm()
+        out = json.loads((tmp_path / f"{name}.json").read_text())
+        assert out["protocol"]["batch"] == 10 and out["queries"] == one[name]["queries"]
+        assert out["predictions"] == one[name]["predictions"]
+
+
+def test_finetuning_changes_the_backbone_and_continues_with_the_same_numbers(tiny, tmp_path, monkeypatch):
+    run = checkpoint(tmp_path)
+    more = ["--checkpoint", run, *TRAIN]
+    whole = result(tiny, tmp_path, "finetune", *more, "--out", str(tmp_path / "a"))
+    one = load_checkpoint(tmp_path / "a" / "finetune-split1-rgb+flow.pt")
+    assert not torch.equal(one["model"]["backbones.rgb.net.layers.0.0.0.weight"],
+                           load_checkpoint(run)["model"]["backbones.rgb.net.layers.0.0.0.weight"])
+    update, steps = classifiers.classifier_step, []
+
+    def signalled(*args):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*args)
+    monkeypatch.setattr(classifiers, "classifier_step", signalled)
+    with pytest.raises(SystemExit) as e:
+        command(tiny, "finetune", *more, "--out", str(tmp_path / "b"))
+    assert e.value.code == 128 + signal.SIGTERM
+    resumed = result(tiny, tmp_path, "finetune", *more, "--out", str(tmp_path / "b"))
+    assert len(steps) == 8  # 2 epochs of 20 / 5
+    two = load_checkpoint(tmp_path / "b" / "finetune-split1-rgb+flow.pt")
+    assert two["history"] == one["history"] and [h["epoch"] for h in two["history"]] == [1, 2]
+    assert all(torch.equal(a, b) for a, b in zip(one["model"].values(), two["model"].values(), strict=True))
+    assert resumed["results"] == whole["results"]
+    assert json.loads((tmp_path / "b" / "finetune-split1-rgb+flow.json").read_text())["history"] == one["history"]
+    with pytest.raises(BadInput, match=r"trained with other settings \(lr 0.1 -> 0.2"):
+        command(tiny, "finetune", *more, "--lr", "0.2", "--out", str(tmp_path / "b"))
+    probabilities = result(tiny, tmp_path, "finetune", *more, "--out", str(tmp_path / "b"))["predictions"]
+    assert probabilities == whole["predictions"] and len(steps) == 8  # done: only tested again
+
+
+def test_probability_fusion_is_the_mean_of_two_classifiers():
+    s = evaluate.arguments(["linear", "--videos", "x", "--flow", "x", *UNTRAINED, "--fusion", "probability", "--views",
+                            *evaluate.VIEWS])
+    p = {("rgb",): torch.tensor([[0.9, 0.1]]), ("flow",): torch.tensor([[0.2, 0.8]])}
+    asked = []
+    out = evaluate.probabilities_by_view(s, lambda views: (asked.append(views), p[views])[1])
+    assert sorted(asked) == [("flow",), ("rgb",)]
+    torch.testing.assert_close(out["rgb+flow"], torch.tensor([[0.55, 0.45]]))

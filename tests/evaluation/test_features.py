@@ -1,0 +1,155 @@
+"""The store of features: what each file is of, and what retrieval, clusters and classifiers make of it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.evaluation import UNTRAINED, checkpoint, command, result
+
+import evaluate
+from support import features
+from support.errors import BadInput
+
+
+@pytest.fixture
+def extracted(monkeypatch):
+    """Random features in place of a network's -> the number of videos of each extraction; the same for the same
+    weights, subset and --stride, in clusters that are no clusters."""
+    calls = []
+
+    def extract(net, videos, store, s, device, what, keep, done=()):
+        calls.append(len(videos))
+        rng = np.random.default_rng([len(videos), s.stride])
+        values = {view: rng.standard_normal((len(videos), 6), np.float32) + 1 for view in net.backbones}
+        for b in range(-(-len(videos) // features.BLOCK)):
+            at = slice(b * features.BLOCK, (b + 1) * features.BLOCK)
+            keep(b, {**{view: f[at] for view, f in values.items()}, "kept": np.arange(len(videos))[at],
+                     "faults": np.array([], str)})
+
+    monkeypatch.setattr(features, "extract_blocks", extract)
+    return calls
+
+
+def lists(tiny, root, **other):
+    """A folder of the set's lists, some of them other lines -> flags."""
+    root.mkdir()
+    for name in ("classInd", "trainlist01", "testlist01"):
+        lines = (tiny.splits / f"{name}.txt").read_text().splitlines()
+        (root / f"{name}.txt").write_text("\n".join(other.get(name, lambda x: x)(lines)))
+    return ["--splits", str(root)]
+
+
+def flow_of(tiny, root, leave_out=0, **header):
+    """A flow store with the set's files, the first few left out, and perhaps another header -> flags."""
+    for path in sorted(tiny.flow.rglob("*.avi"))[leave_out:]:
+        (root / path.relative_to(tiny.flow)).parent.mkdir(parents=True, exist_ok=True)
+        (root / path.relative_to(tiny.flow)).symlink_to(path)
+    (root / "header.json").write_text(json.dumps({**json.loads((tiny.flow / "header.json").read_text()), **header}))
+    return ["--flow", str(root)]
+
+
+# --- a file is of exactly these weights, videos, flow and views ------------------------------------------------------
+def test_whatever_decides_the_features_makes_them_anew(tiny, tmp_path, extracted):
+    base = [*UNTRAINED, "--features", str(tmp_path / "f")]
+    swapped = lists(tiny, tmp_path / "swapped", trainlist01=lambda x: x[::-1])
+    renamed = lists(tiny, tmp_path / "renamed", classInd=lambda x: [f"{i} {line.split()[1]}" for i, line in
+                                                                    enumerate(x[::-1], 1)])  # other labels
+    for other, anew in (([], [20, 10]), ([], []), (["--size", "33"], [20, 10]), (["--stride", "2"], [20, 10]),
+                        (["--pool", "1x2x2"], [20, 10]), (renamed, [20, 10]), (swapped, [20]),  # the other is the same
+                        (flow_of(tiny, tmp_path / "quality", quality=7), [20, 10]),
+                        (flow_of(tiny, tmp_path / "less", leave_out=1), [20])):  # the first film is a training film
+        extracted.clear()
+        assert command(tiny, "features", *base, *other) == 0 and extracted == anew, other
+
+
+@pytest.mark.parametrize(("flag", "value", "trained"), [("--width", "0.25", "0.125"), ("--pool", "1x2x2", "avg"),
+                                                        ("--arch", "r2plus1d18", "s3d")])
+def test_a_flag_that_says_another_network_than_the_checkpoint_s_is_refused(tiny, tmp_path, flag, value, trained):
+    run = checkpoint(tmp_path)
+    with pytest.raises(BadInput, match=f"was trained with {flag} {trained}, not {value}; leave the flag out"):
+        command(tiny, "features", "--checkpoint", run, flag, value)
+
+
+# --- what is made of them --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("fusion", ["average", "similarity"])
+@pytest.mark.parametrize("protocol", ["goca", "coclr"])
+def test_neighbours_are_those_of_the_stored_features(tiny, tmp_path, extracted, protocol, fusion):
+    """A loop over queries: centred where the protocol says so, fused as the flag says."""
+    out = result(tiny, tmp_path, "retrieval", *UNTRAINED, "--features", str(tmp_path / "f"), "--protocol", protocol,
+                 "--fusion", fusion)
+    assert (out["protocol"]["protocol"], out["protocol"]["fusion"]) == (protocol, fusion)
+    gallery, queries = (np.load(*(tmp_path / "f").glob(f"*-split1-{subset}-{protocol}-*.npz"))
+                        for subset in ("train", "test"))
+
+    def unit(f, each):
+        f = f[each].astype(np.float64)
+        f = f - (f.mean(0) if protocol == "coclr" else 0)
+        return f / np.linalg.norm(f, axis=1, keepdims=True)
+
+    g, q = ({view: unit(f, view) for view in ("rgb", "flow")} for f in (gallery, queries))
+    for f in (g, q):
+        both = (f["rgb"] + f["flow"]) / 2
+        f["rgb+flow"] = (both / np.linalg.norm(both, axis=1, keepdims=True) if fusion == "average" else
+                         np.concatenate([f["rgb"], f["flow"]], axis=1))
+    for view in ("rgb", "flow", "rgb+flow"):
+        near = np.array([np.argsort(-(g[view] @ x), kind="stable") for x in q[view]])
+        assert out["neighbours"][view] == near[:, :10].tolist()
+        right = gallery["labels"][near] == queries["labels"][:, None]
+        for k in (1, 5, 10):
+            assert out["results"][view][f"R@{k}"] == pytest.approx(100 * right[:, :k].any(1).mean())
+    assert [Path(v["path"]).stem for v in out["gallery"]] == [Path(str(n)).name for n in gallery["names"]]
+
+
+def test_the_seed_of_clusters_draws_other_starts(tiny, tmp_path, extracted):
+    listed = [line.split()[0] for line in (tiny.splits / "trainlist01.txt").read_text().splitlines()]
+    more, seen = lists(tiny, tmp_path / "lists", testlist01=lambda _: listed), []  # two films a class
+    for seed in ("0", "1", "0"):
+        out = result(tiny, tmp_path, "cluster", "--checkpoint", checkpoint(tmp_path), *more, "--runs", "3", "--seed",
+                     seed)
+        assert (out["protocol"]["seed"], out["protocol"]["runs"]) == (int(seed), 3)
+        seen.append(out["results"]["rgb"]["inertia"])
+    assert seen[0] == seen[2] != seen[1] and extracted == [20]
+
+
+def test_the_numbers_name_the_step_of_their_checkpoint(tiny, tmp_path, extracted):
+    run = checkpoint(tmp_path, epochs=3)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.save({**state, "step": 77}, tmp_path / "checkpoint.pt")
+    protocol = result(tiny, tmp_path, "retrieval", "--checkpoint", run)["protocol"]
+    assert protocol["step"] == 77 and protocol["pretraining"] == {"epochs": 3, "seed": 0}
+
+
+# --- what is left out ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("more", [["retrieval"], ["cluster", "--runs", "1"], ["linear", "--epochs", "1"],
+                                  ["linear", "--on", "clips"], ["finetune"]], ids=" ".join)
+def test_what_a_list_names_and_the_folder_lacks_is_counted(tiny, tmp_path, monkeypatch, extracted, more):
+    """One training and two test films; `cluster` reads the test list alone."""
+    absent = lists(tiny, tmp_path / "lists", trainlist01=lambda x: [*x, "Walk/v_Walk_g99_c01.avi 1"],
+                   testlist01=lambda x: [*x, "Walk/v_Walk_g98_c01.avi", "Walk/v_Walk_g98_c02.avi"])
+    monkeypatch.setattr(evaluate, "fit_clips", lambda *args: None)
+    monkeypatch.setattr(evaluate, "predict_clips", lambda classifier, test, *args: (
+        torch.eye(10)[[v.label for v in test.videos]], list(range(len(test.videos))), []))
+    if "linear" in more or "finetune" in more:
+        more = [*more, "--batch-size", "10", "--out", str(tmp_path / "o")]
+    out = result(tiny, tmp_path, *more[:1], *UNTRAINED, *absent, *more[1:])
+    names = {line.split(":")[0].rpartition("/")[2] for line in out["left_out"] if "listed, but absent" in line}
+    expected = {"v_Walk_g98_c01", "v_Walk_g98_c02"} | ({"v_Walk_g99_c01"} if more[0] != "cluster" else set())
+    assert {n.removesuffix(".avi") for n in names} == expected and out["protocol"]["left_out"] == len(expected)
+
+
+def test_videos_of_no_class_are_left_out(tiny, tmp_path, extracted):
+    films = sorted(tiny.videos.rglob("*.avi"))
+    for k, name in enumerate(f"{s}/{n}" for s in ("train", "test") for n in ("a/1", "a/2", "b/1", "b/2", "bare")):
+        path = tmp_path / "videos" / f"{name}.avi"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(films[k])
+    out = result(tiny, tmp_path, "retrieval", *UNTRAINED, "--dataset", "folder", "--videos", str(tmp_path / "videos"))
+    assert extracted == [4, 4] and (out["protocol"]["gallery"], out["protocol"]["queries"]) == (4, 4)
+    assert out["protocol"]["left_out"] == 2 and all("bare (of no class)" in line for line in out["left_out"])
+    assert all(v["label"] >= 0 for v in out["gallery"] + out["queries"])
+    s = evaluate.arguments(["retrieval", *tiny.common(), *UNTRAINED, "--dataset", "folder"])
+    s.videos = str(tmp_path / "videos" / "train" / "a")
+    with pytest.raises(BadInput, match="has no labels, which retrieval needs"):
+        evaluate.labelled_videos(s, 1, "train")

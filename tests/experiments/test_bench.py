@@ -1,0 +1,88 @@
+"""experiments/bench: what it compares is the same, and what it prints it writes."""
+
+import json
+
+import pytest
+import torch
+
+from experiments.bench import __main__ as bench
+from experiments.bench import flow as bench_flow
+from experiments.bench import loader as bench_loader
+from experiments.bench import prototypes as bench_prototypes
+from experiments.bench import step as bench_step
+from experiments.bench.measure import row
+from support.errors import BadInput
+from support.videos import find_videos
+
+
+class Pipe:
+    """What a trainer sends; nobody asks it for more."""
+
+    def __init__(self):
+        self.sent = []
+        self.send = self.sent.append
+
+    def recv(self):
+        raise EOFError
+
+
+def test_both_trainers_of_the_step_have_one_loss_and_one_count_of_operations():
+    said = []
+    for ours in (False, True):
+        pipe = Pipe()
+        bench_step.trainer(pipe, ours, torch.device("cpu"), (2, [(2, 8)], 32), torch.get_num_threads())
+        said += pipe.sent
+    (plain, flops, _), (loss, same, peak) = said
+    assert loss == pytest.approx(plain, rel=1e-3) and flops == pytest.approx(same, rel=1e-3) and peak > 0.1
+
+
+def test_trainers_end_with_the_bench():
+    """Or their seconds would be counted in the next row."""
+    with bench_step.trainers(torch.device("cpu"), (2, [(2, 8)], 32)) as pipes:
+        losses = [pipe.recv()[0] for pipe in pipes]
+        for pipe in pipes:
+            pipe.send(None)
+            assert pipe.recv() is None
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert not bench_step.multiprocessing.active_children()
+
+
+def test_the_loader_is_compared_on_the_same_films(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(bench_loader, "in_turns", lambda calls, *args, **kwargs: [1.0 for call in calls if call()])
+    videos = find_videos(tiny.videos / "Walk")
+    rows = list(bench_loader.loader(torch.device("cpu"), tiny.videos / "Walk"))
+    assert len(rows) == 6 and all("real clips" in r["case"] for r in rows)
+    assert f"{len(videos)} real clips; samples a second" in capsys.readouterr().err
+    assert all(r["ours_ms"] > 0 for r in rows[4:])  # through a process: these are measured here too
+
+
+def test_prototypes_are_measured():
+    m = bench_prototypes.measure(8, 16, torch.device("cpu"))
+    assert m["construction"] == "simplex" and m["mean"] == m["max"] == pytest.approx(-1 / 7, abs=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench", "operator", "--device", "cuda"])
+    with pytest.raises(BadInput, match="--device cuda: torch sees no NVIDIA GPU"):
+        bench.main()
+
+
+def test_rows_are_printed_and_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "ROWS", {"x": lambda device, videos: [row("x", "a case", device, 6.0, 2.0,
+                                                                         1.0)]})
+    monkeypatch.setattr("sys.argv", ["bench", "--json", str(tmp_path / "rows.json"), "--device", "cpu"])
+    bench.main()
+    written, = json.loads((tmp_path / "rows.json").read_text())
+    assert written == {"row": "x", "case": "a case", "device": "cpu", "threads": torch.get_num_threads(),
+                       "baseline_ms": 6.0, "ours_ms": 2.0, "ratio": 3.0, "floor_ms": 1.0}
+    assert "baseline 6.000 ms, ours 2.000 ms, 3.0x, floor 1.000 ms" in capsys.readouterr().out
+
+
+def test_no_row_of_the_flow_claims_a_floor(monkeypatch):
+    monkeypatch.setattr(bench_flow, "in_turns", lambda calls, *args, **kwargs: [1.0 for _ in calls])
+    monkeypatch.setattr(bench_flow.tvl1, "flow", lambda frames, **kwargs: torch.zeros(len(frames), 1, 2, 240, 320))
+    monkeypatch.setattr(bench_flow, "NEAR", 9)
+    monkeypatch.setattr(bench_flow, "faster_methods", lambda *args: ())
+    rows = list(bench_flow.flow(torch.device("cpu"), None))
+    assert rows[-1]["case"].startswith("100 iterations") and {r["floor_ms"] for r in rows} == {None}

@@ -1,0 +1,428 @@
+"""Runs of pretrain.py that are killed, starved, hung and shared, each in a fork of one process that imported all.
+
+Started once a session (the fixture `forked`); a line of JSON in names a function below and its arguments, a line out is
+its status. An assertion that fails prints its traceback. One thread: OpenMP's do not survive a fork.
+"""
+
+import copy
+import faulthandler
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[k]) for k in (1, 2)]
+
+import torch  # noqa: E402
+import torch._dynamo  # noqa: E402 (torch.optim would, in every fork)
+import torch.distributed as dist  # noqa: E402
+from helpers.gpu_kernels import GpuKernels  # noqa: E402
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: E402
+
+import data  # noqa: E402
+import model  # noqa: E402
+import pretrain  # noqa: E402
+from support import batch_norm  # noqa: E402
+from support.batch_norm import synchronise_batch_norm  # noqa: E402
+from support.checkpoints import load_checkpoint  # noqa: E402
+from support.cli import command_line  # noqa: E402
+from support.distributed import MaxOverRanks, data_parallel  # noqa: E402
+from support.errors import BadInput  # noqa: E402
+from support.optim import LARS  # noqa: E402
+from support.training_log import Log  # noqa: E402
+
+LIMIT = 280  # seconds of a process
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+def train(argv):
+    """What pretrain.py does on its command line."""
+    command_line(lambda: pretrain.train(pretrain.arguments(argv)))
+
+
+def fork(function, *args, said=None, **environment):
+    """Start function(*args) in a process of its own -> pid; what it prints goes to the file `said`."""
+    sys.stdout.flush()
+    if pid := os.fork():
+        return pid
+    status = 1
+    signal.alarm(LIMIT)  # then it prints where it stands, and dies
+    try:
+        out = os.open(said or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(out, 1), os.dup2(out, 2)
+        os.environ.update(environment)
+        function(*args)
+        status = 0
+    except SystemExit as e:
+        status = e.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status or 0)
+
+
+def end(pid):
+    """Wait for a process -> its status, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start_ranks(world, function, *args, said=None):
+    """Start function(*args) in `world` processes of one group -> pids; rank r prints to said + r."""
+    port = free_port()
+    return [fork(function, *args, said=said and f"{said}{rank}", RANK=str(rank), WORLD_SIZE=str(world),
+                 LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(world)]
+
+
+def before_each(name, owner, attribute, hook):
+    """Let hook(name) run before and after every call of owner.attribute."""
+    real = getattr(owner, attribute)
+
+    def call(*args, **kwargs):
+        hook(f"before {name}")
+        out = real(*args, **kwargs)
+        hook(f"after {name}")
+        return out
+
+    setattr(owner, attribute, call)
+
+
+def in_step(step, function):
+    """Call `function` once, in the loss of the step-th step (from 1) that this process does."""
+    count = iter(range(1, 1000))
+    before_each("step", pretrain, "step_loss",
+                lambda when: when == "before step" and next(count) == step and function())
+
+
+# --- SIGKILL ---------------------------------------------------------------------------------------------------------
+def train_to_death(argv, moment, occurrence):
+    """Train, and die by SIGKILL when `moment` comes for the n-th time."""
+    seen = []
+
+    def hook(name):
+        seen.append(name)
+        if name == moment and seen.count(name) == occurrence:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for name, owner, attribute in (("forward", pretrain, "step_loss"), ("update", LARS, "step"),
+                                   ("log", Log, "line"), ("sync", os, "fsync"), ("rename", os, "replace"),
+                                   ("link", os, "link"), ("unlink", Path, "unlink")):
+        before_each(name, owner, attribute, hook)
+    real = torch.save
+
+    def save(state, file):  # half of it on the disk
+        real(state, file)
+        size = file.tell()
+        file.truncate(size // 2)
+        hook("half saved")
+        file.seek(0)
+        real(state, file)
+
+    torch.save = save
+    train(argv)
+
+
+MOMENTS = ["before forward", "after forward", "before update", "after update", "before log", "after log", "before sync",
+           "after sync", "before rename", "after rename", "before link", "after link", "before unlink", "after unlink",
+           "half saved"]
+
+
+def lines(out):
+    """The log without what the machine says."""
+    every = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    machine = "samples_per_s", "data_wait", "peak_gib"
+    return [{k: v for k, v in line.items() if k not in machine} for line in every if "loss" in line]
+
+
+def same(out, whole):
+    """Assert that a run ended as an uninterrupted one: bits of the weights and the optimizer, lines of the log."""
+    a, b = load_checkpoint(out), load_checkpoint(whole)
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in b["model"]), out
+    for i, state in b["optimizer"]["state"].items():
+        assert all(torch.equal(a["optimizer"]["state"][i][k], state[k]) for k in state), out
+    assert a["step"] == b["step"] and lines(out) == lines(whole), (lines(out), lines(whole))
+
+
+def kills(argv, root, count, seed):
+    """Kill runs `count` times, half at named moments and half at any time, and damage what they leave; each ends as one
+    undisturbed."""
+    rng, root = random.Random(seed), Path(root)
+    began = time.monotonic()
+    whole = fork(train, [*argv, "--out", f"{root}/whole", "--keep", "5"], said=root / "said")
+    assert end(whole) == 0, (root / "said").read_text()
+    seconds = time.monotonic() - began
+    moments = rng.sample(MOMENTS, len(MOMENTS))
+    done, runs, whole = [], 0, 0  # whole: runs that ended since the last was killed
+
+    def check():
+        same(root / str(runs), root / "whole")
+        left = {p.name for p in (root / str(runs)).iterdir()} - {"checkpoint.new.pt", "checkpoint.damaged.pt"}
+        assert left == {"checkpoint.pt", "checkpoint.1.pt", "log.jsonl", "lock"}, left
+
+    def cut(file):
+        file.write_bytes(file.read_bytes()[:-1000])
+
+    def damage():
+        """Cut the newest checkpoint, unless it is the only good one. Every second run begins so, from step 4."""
+        out = root / str(runs)
+        newest, before = out / "checkpoint.pt", out / "checkpoint.1.pt"
+        if runs % 2 == 0 and not out.exists():
+            out.mkdir()
+            shutil.copyfile(root / "whole" / "checkpoint.2.pt", newest)
+            shutil.copyfile(root / "whole" / "checkpoint.3.pt", before)
+            shutil.copyfile(root / "whole" / "log.jsonl", out / "log.jsonl")
+            cut(newest)
+        elif rng.random() < 0.5:
+            with suppress(BadInput):
+                load_checkpoint(newest), load_checkpoint(before)
+                cut(newest)
+
+    while len(done) < count:
+        command = [*argv, "--out", f"{root}/{runs}"]
+        damage()
+        if len(done) % 2 == 0:
+            # first where a damaged newest would have taken the place of the good one
+            moment = (moments[len(done) // 2 % len(moments)], rng.randint(1, 2)) if done else ("after link", 1)
+            status = end(fork(train_to_death, command, *moment, said=root / "said"))
+        else:
+            moment = rng.uniform(0, seconds / 2)
+            pid = fork(train, command, said=root / "said")
+            time.sleep(moment)
+            os.kill(pid, signal.SIGKILL)
+            status = end(pid)
+        assert status in (-signal.SIGKILL, 0), (status, moment, (root / "said").read_text())
+        if status == 0:
+            check()
+            runs, whole = runs + 1, whole + 1
+            assert whole < 10, f"{moment} never came in {whole} runs"
+        else:
+            done.append(moment)
+            whole = 0
+    assert end(fork(train, [*argv, "--out", f"{root}/{runs}"], said=root / "said")) == 0, (root / "said").read_text()
+    check()
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+def in_double():
+    """Let all of pretrain.py compute in float64: a small network's float32 gradients have noise of some per cent."""
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    augment = data.augment
+    data.augment = lambda batch, device: [{view: x.double() for view, x in clips.items()}
+                                          for clips in augment(batch, device)]
+
+
+def train_in_double(argv):
+    in_double()
+    train(argv)
+
+
+def shares(argv, root, batch, worlds):
+    """The same global batches in several numbers of processes, in float64: root/1, root/2, ..."""
+    for world in worlds:
+        command = [*argv, "--batch-size", str(batch // world), "--out", f"{root}/{world}"]
+        for pid in start_ranks(world, train_in_double, command, said=f"{root}/said"):
+            assert end(pid) == 0, "\n".join(Path(f"{root}/said{r}").read_text() for r in range(world))
+
+
+def gradients_of(method, videos, more):
+    """This process's part of a step of `videos` videos against the step in one process, in float64."""
+    in_double()
+    s = pretrain.arguments(["--videos", "v", "--flow", "f", "--prototypes", "p", "--out", "o", "--width", "0.125",
+                            "--hidden", "16", "--method", method, *more])
+    rank, world, guided = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), method == "goca"
+    frozen = "flow" if method == "vicc" else None
+
+    def net():
+        return model.two_view(vars(s), torch.randn(24, 16, generator=torch.Generator().manual_seed(5)))
+
+    g = torch.Generator().manual_seed(1)
+    clips = {view: torch.randn(videos, 2, c, 8, 32, 32, generator=g) for view, c in model.CHANNELS.items()}
+    one = net()
+    whole = pretrain.step_loss(one, [clips], s, guided, frozen)[0]
+    whole.backward()
+    dist.init_process_group("gloo")
+    several = synchronise_batch_norm(net())
+    shared = data_parallel(several, torch.device("cpu"), frozen is not None)
+    rows = [videos // world + (r < videos % world) for r in range(world)]
+    own = slice(sum(rows[:rank]), sum(rows[:rank + 1]))
+    loss = pretrain.step_loss(shared, [{k: v[own] for k, v in clips.items()}], s, guided, frozen, rows)[0]
+    loss.backward()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    assert abs(mean.item() / world - whole.item()) < 1e-9 * whole.item(), (mean / world, whole)
+    largest = max(p.grad.norm() for p in one.parameters() if p.grad is not None)
+    for (name, a), b in zip(one.named_parameters(), several.parameters(), strict=True):
+        if a.grad is None:  # of the view that does not learn
+            assert b.grad is None or not b.grad.any(), name
+            continue
+        # a bias before batch norm has gradient 0
+        assert (a.grad - b.grad).norm() < 1e-6 * a.grad.norm() + 1e-9 * largest, name
+    for (name, a), b in zip(one.named_buffers(), several.buffers(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-8, atol=1e-8, msg=name)
+
+
+def gradients(method, world, videos, more, said):
+    for rank, pid in enumerate(start_ranks(world, gradients_of, method, videos, more, said=said)):
+        assert end(pid) == 0, Path(f"{said}{rank}").read_text()
+
+
+# --- batch norm on GPUs ----------------------------------------------------------------------------------------------
+def gpu_batch_norm(rows):
+    """Two steps of processes with `rows` samples each against one process with all, in float64."""
+    for name in vars(GpuKernels):
+        if name.startswith("batch_norm"):
+            setattr(torch, name, getattr(GpuKernels, name))
+    dist.init_process_group("gloo")
+    rank, g = dist.get_rank(), torch.Generator().manual_seed(0)
+    own = slice(sum(rows[:rank]), sum(rows[:rank + 1]))
+    for shape in ((5,), (5, 2, 3, 3)):
+        one = torch.nn.BatchNorm3d(5).double() if len(shape) > 1 else torch.nn.BatchNorm1d(5).double()
+        torch.nn.init.normal_(one.weight, generator=g), torch.nn.init.normal_(one.bias, generator=g)
+        shared = copy.deepcopy(one)
+        for _ in range(2):
+            x, weight = (torch.randn(sum(rows), *shape, dtype=torch.float64, generator=g) for _ in range(2))
+            whole, part = x.clone().requires_grad_(), x[own].clone().requires_grad_()
+            expected = one(whole)
+            (expected * weight).sum().backward()
+            y = batch_norm._NormaliseOnGpu.apply(part, shared.weight, shared.bias, shared.running_mean,
+                                                 shared.running_var, shared.momentum, shared.eps)
+            (y * weight[own]).sum().backward()
+            torch.testing.assert_close(y, expected[own])
+            torch.testing.assert_close(part.grad, whole.grad[own])
+        for a, b in zip(shared.parameters(), one.parameters(), strict=True):
+            dist.all_reduce(a.grad)
+            torch.testing.assert_close(a.grad, b.grad)
+        torch.testing.assert_close(shared.running_mean, one.running_mean)
+        torch.testing.assert_close(shared.running_var, one.running_var)
+
+
+def gpu_batch_norms(rows, said):
+    for rank, pid in enumerate(start_ranks(len(rows), gpu_batch_norm, rows, said=said)):
+        assert end(pid) == 0, Path(f"{said}{rank}").read_text()
+
+
+# --- disturbed processes ---------------------------------------------------------------------------------------------
+def disturbed(argv, disturbance, step):
+    """Train while rank 1 does something in a step."""
+    def hang(*_):
+        time.sleep(LIMIT)
+
+    def starve():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    dist.destroy_process_group = hang if disturbance in ("starve", "die") else dist.destroy_process_group  # as NCCL may
+    if os.environ["RANK"] == "1":
+        in_step(step, {"die": lambda: os._exit(1), "hang": hang, "starve": starve,
+                       "warn": lambda: os.kill(os.getpid(), signal.SIGUSR1)}[disturbance])
+    train(argv)
+
+
+def disturb(argv, said, disturbance, step, status):
+    """Two processes, one of them disturbed -> each leaves with its `status`."""
+    statuses = [end(pid) for pid in start_ranks(2, disturbed, argv, disturbance, step, said=said)]
+    assert statuses == status, (statuses, [Path(f"{said}{r}").read_text() for r in (0, 1)])
+
+
+def agree(late):
+    """A signal to one process in call 2 and a timer of another in call 3 are read by all in the same call."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    agreement = MaxOverRanks(torch.device("cpu"), 2, late)
+    said = [agreement(10 * (rank == 1 and call >= 2), rank == 0 and call == 3) for call in range(6)]
+    signals, timer = zip(*said, strict=True)
+    assert signals == (*[0] * (2 + late), *[10] * (4 - late)), signals
+    assert timer == tuple(int(call == 3 + late) for call in range(6)), timer
+    assert len(agreement.pending) == late
+
+
+def agreements(said):
+    for late in (0, 1):
+        for rank, pid in enumerate(start_ranks(2, agree, late, said=said)):
+            assert end(pid) == 0, Path(f"{said}{rank}").read_text()
+
+
+def dies_once(argv):
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        in_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if os.environ["RANK"] == "0" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "1":
+        time.sleep(1)  # until the other has looked where to meet
+    pretrain.train(pretrain.arguments(argv))
+
+
+def restarts(argv, whole):
+    """What `torchrun --nproc-per-node 2 --max-restarts 1` does, with forks; rank 1 dies in the third step."""
+    for pid in start_ranks(2, train, [*argv, "--out", f"{whole}/whole"]):
+        assert end(pid) == 0
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=1, start_method="fork",
+                          rdzv_backend="static", rdzv_endpoint=f"127.0.0.1:{free_port()}", rdzv_configs={"rank": 0},
+                          run_id="test", monitor_interval=0.1)
+    elastic_launch(config, dies_once)([*argv, "--out", f"{whole}/restarted"])
+    same(f"{whole}/restarted", f"{whole}/whole")
+    headers = [line for line in Path(f"{whole}/restarted/log.jsonl").read_text().splitlines() if "command" in line]
+    assert [json.loads(line)["step"] for line in headers] == [0, 2]
+
+
+# --- what processes have alike ---------------------------------------------------------------------------------------
+def train_apart(argv, others):
+    """Train; rank 1 with more flags than rank 0."""
+    train(argv + (others if os.environ["RANK"] == "1" else []))
+
+
+def apart(argv, others, said, status):
+    """Two processes, the second with `others` on its command line -> each leaves with its `status`."""
+    statuses = [end(pid) for pid in start_ranks(2, train_apart, argv, others, said=said)]
+    assert statuses == status, (statuses, [Path(f"{said}{r}").read_text() for r in (0, 1)])
+
+
+def node_local(argv, root, said):
+    """A run of two processes goes on although the second finds nothing in its --out; it ends as an undisturbed one."""
+    apart([*argv, "--out", f"{root}/whole"], [], said, [0, 0])
+    for pid in start_ranks(2, disturbed, [*argv, "--out", f"{root}/run"], "warn", 3):
+        assert end(pid) == 128 + signal.SIGUSR1
+    assert load_checkpoint(f"{root}/run")["step"] == 3
+    apart([*argv, "--out", f"{root}/run"], ["--out", f"{root}/elsewhere"], said, [0, 0])
+    same(f"{root}/run", f"{root}/whole")
+
+
+# --- a full disk -----------------------------------------------------------------------------------------------------
+def train_on_full_disk(argv, step):
+    in_step(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY)))
+    train(argv)
+
+
+def full_disk(argv, out, said):
+    """The second save fails; the first is kept, and the same command ends as an uninterrupted run."""
+    assert end(fork(train, [*argv, "--out", f"{out}/whole"], said=said)) == 0
+    run = [*argv, "--out", f"{out}/run"]
+    assert end(fork(train_on_full_disk, run, 3, said=said)) == 2, Path(said).read_text()
+    assert load_checkpoint(f"{out}/run")["step"] == 2 and not list(Path(f"{out}/run").glob(".tmp-*"))
+    assert end(fork(train, run)) == 0
+    same(f"{out}/run", f"{out}/whole")
+
+
+def serve():
+    for line in sys.stdin:
+        name, args = json.loads(line)
+        said = f"{args.pop('_said')}"
+        print(end(fork(lambda: globals()[name](**args), said=said)), flush=True)  # noqa: B023
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    faulthandler.register(signal.SIGALRM, chain=True)
+    serve()

@@ -1,0 +1,89 @@
+"""Small runs of pretrain.py in this process."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.small_runs import command
+
+import data
+import pretrain
+from support.checkpoints import load_checkpoint
+
+
+def train(tiny, out, *more):
+    return pretrain.train(pretrain.arguments(command(tiny, "--out", str(out), *more)))
+
+
+class Reached(Exception):
+    """What a run had made when it came to its batches."""
+
+
+def made(tiny, tmp_path, monkeypatch, *more, world=1):
+    """What pretrain.py makes of its arguments -> the TrainClips, the arguments of Batches, the optimizer, the net."""
+    seen, make = SimpleNamespace(), pretrain.make_optimizer
+
+    def clips(*args, real=data.TrainClips, **kwargs):
+        seen.clips = real(*args, **kwargs)
+        return seen.clips
+
+    def optimizer(net, s):
+        seen.net, seen.optimizer = net, make(net, s)
+        return seen.optimizer
+
+    def batches(*args, **kwargs):
+        seen.batches = args, kwargs
+        raise Reached
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "TrainClips", clips)
+        patch.setattr(pretrain, "make_optimizer", optimizer)
+        patch.setattr(data, "EpochBatches", batches)
+        s = pretrain.arguments(command(tiny, "--out", str(tmp_path / "run"), *more))
+        with pytest.raises(Reached):
+            pretrain.train_in(torch.device("cpu"), 0, world, s)
+    return seen
+
+
+def settings(**k):
+    s = pretrain.arguments(["--videos", "v", "--flow", "f", "--prototypes", "p", "--out", "o"])
+    return type(s)(**{**vars(s), **k})
+
+
+def fake_clips(m):
+    torch.manual_seed(1)
+    return [{"rgb": torch.randn(m, v, 3, 8, 32, 32), "flow": torch.randn(m, v, 2, 8, 32, 32)} for v in (2, 1)]
+
+
+SMALL = ["--width", "0.125", "--hidden", "16", "--frames", "8", "--short-frames", "8", "--short-crops", "1",
+         "--size", "32", "--batch-size", "10", "--epochs", "2", "--warmup-epochs", "1", "--log-every", "1",
+         "--workers", "0"]
+
+
+def run(tiny, out, *more):
+    """Train in this process -> exit status."""
+    return pretrain.train(pretrain.arguments([*tiny.common(), "--prototypes", str(tiny.prototypes), "--out", str(out),
+                                              *SMALL, *more]))
+
+
+def log(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def weights(out):
+    return load_checkpoint(out)["model"]
+
+
+def poisoned(monkeypatch, steps):
+    """Let the clips of some steps (from 0) be NaN."""
+    original, count = data.augment, iter(range(1000))
+
+    def augment(batch, device):
+        clips = original(batch, device)
+        if next(count) in steps:
+            clips[0]["rgb"].fill_(float("nan"))
+        return clips
+
+    monkeypatch.setattr(data, "augment", augment)
