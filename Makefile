@@ -62,19 +62,19 @@ sanitize: $(VENV)/installed
 	    ASAN_OPTIONS=detect_leaks=0 GOCA_CXXFLAGS="$(SANITIZERS)" $(abspath $(BIN))/python -m pytest -q -k "not nvcc" \
 	    tests/test_goca.py tests/test_operator.py tests/test_tvl1.py tests/test_cuda_on_cpu.py tests/test_tvl1_cuda_on_cpu.py
 
-# Where an NVIDIA card is: the tests that need one, the same small ones under compute-sanitizer, and the speed rows.
+# Where an NVIDIA GPU is: the tests that need one, the same small ones under compute-sanitizer, and the speed rows.
 GPU_TESTS = -q -k "(cuda or gpu) and not on_cpu" tests
 GPU_SMALL = -q -k "cuda and (33x65 or streams) or gpu" tests/test_operator.py tests/test_tvl1.py
 CARD = $(shell nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' ' '_')
 gpu: build
 	$(BIN)/python -c "import sys, torch, goca; sys.exit(not (torch.cuda.is_available() and goca._goca.cuda) and \
-	    'make gpu needs a card that torch sees, and the extension built with its CUDA kernels (see make build)')"
+	    'make gpu needs a GPU that torch sees, and the extension built with its CUDA kernels (see make build)')"
 	$(BIN)/python -m pytest $(GPU_TESTS)
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest $(GPU_SMALL)
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest $(GPU_SMALL)
 	$(BIN)/python -m experiments.bench operator step flow --json results/$(CARD).json $(if $(VIDEOS),--videos $(VIDEOS))
 
-# Some minutes a method on one card: S3D at the paper's clip size on larger generated films, with guiding and without.
+# Some minutes a method on one GPU: S3D at the paper's clip size on larger generated films, with guiding and without.
 # Logs, results and curves go to results/. Interrupted, it goes on.
 TRIAL ?= trial
 TRIAL_FILMS ?= --train 2000 --test 500 --size 160 --frames 48

@@ -63,7 +63,7 @@ def labelled_videos(s, split, subset):
 
 
 def check_classes(train, test, classes):
-    """Refuse test videos of a class without training video; say which classes have one training video only."""
+    """Refuse test videos of a class without training video; print which classes have one training video only."""
     count = torch.bincount(train, minlength=len(classes))
     lacking = sorted({classes[i] for i in test.tolist() if count[i] == 0})
     if lacking:
@@ -212,10 +212,10 @@ def on_clips(env, split):
         what = f"{s.command}-split{split}-{'+'.join(views)}"
         classifier = fit_clips(env.net, list(views), train, env.store, env.recipe, s, settings, frozen, what,
                                env.device, env.rank, env.world)
-        p, kept, said = predict_clips(classifier, test, env.store, s, env.device, f"{what}, test", env.rank,
+        p, kept, failures = predict_clips(classifier, test, env.store, s, env.device, f"{what}, test", env.rank,
                                       env.world)
         seen.append(kept)
-        faults[:] = said
+        faults[:] = failures
         return p
 
     p = probabilities_by_view(s, predict)
@@ -231,7 +231,7 @@ COMMANDS = {"features": features_command, "retrieval": retrieval, "cluster": clu
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is said
+# Reporting
 # ---------------------------------------------------------------------------------------------------------------------
 def protocol_of(env):
     """All that the numbers depend on, as one flat dict."""

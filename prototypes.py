@@ -86,7 +86,7 @@ def soft_loss(W, beta):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What theory knows
+# Bounds
 # ---------------------------------------------------------------------------------------------------------------------
 def levenshtein_bound(num, dim):
     """No `num` unit vectors of `dim` dimensions have a maximum cosine below this.

@@ -35,7 +35,7 @@ from support.videos import decode
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; right and wrong are told by marks too
+# Okabe and Ito's colours, which colour-blind readers can tell apart; right and wrong have marks of their own too
 COLOURS = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#B8A900"
 RIGHT, WRONG = "#0072B2", "#D55E00"
 
@@ -267,7 +267,7 @@ def features(args):
 
 
 def confusion(args):
-    """Rows: classes. Columns: what was said, in percent of the row. Two panels for two results."""
+    """Rows: classes. Columns: predictions, in percent of the row. Two panels for two results."""
     files = [f for f in (args.json, args.versus) if f]
     results = [of_split(f, args.split, "linear|finetune|retrieval") for f in files]
     n = len(results[0].get("classes", ()))
@@ -279,12 +279,12 @@ def confusion(args):
                            f"linear or finetune")
         truth = np.array([q["label"] for q in out["queries"]])
         if "predictions" in out:
-            said = np.array(out["predictions"][args.view])
+            predicted = np.array(out["predictions"][args.view])
         else:
-            said = np.array([out["gallery"][line[0]]["label"] for line in out["neighbours"][args.view]])
+            predicted = np.array([out["gallery"][line[0]]["label"] for line in out["neighbours"][args.view]])
         names = out["classes"]
         table = np.zeros((len(names), len(names)))
-        np.add.at(table, (truth, said), 1)
+        np.add.at(table, (truth, predicted), 1)
         share = 100 * table / np.maximum(1, table.sum(1, keepdims=True))
         image = axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
         if len(names) <= 20:
@@ -296,8 +296,9 @@ def confusion(args):
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
         axis.set_yticks(range(len(names)), names, fontsize=size)
         p = out["protocol"]
-        axis.set(xlabel="said", ylabel="class", title=f"{p['method']}, {p.get('command', 'retrieval')}, {args.view}: "
-                                                      f"{100 * (truth == said).mean():.1f} % right")
+        right = 100 * (truth == predicted).mean()
+        axis.set(xlabel="predicted", ylabel="class",
+                 title=f"{p['method']}, {p.get('command', 'retrieval')}, {args.view}: {right:.1f} % right")
         figure.colorbar(image, ax=axis, label="% of the class", shrink=0.8)
     figure.tight_layout()
     save(figure, args.out)

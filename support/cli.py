@@ -37,8 +37,8 @@ class Help(argparse.HelpFormatter):
         has = not (value is None or value is False or value in ("", [], argparse.SUPPRESS))
         if has and "default" not in (action.help or ""):
             shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-            said = f"default: {shown.replace('%', '%%')}"
-            action.help = f"{action.help} ({said})" if action.help else said
+            default = f"default: {shown.replace('%', '%%')}"
+            action.help = f"{action.help} ({default})" if action.help else default
         super().add_argument(action)
 
 

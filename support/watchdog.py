@@ -68,7 +68,7 @@ def is_peer_failure(error):
 
 @contextmanager
 def end_process_group():
-    """What ends this block ends the process group; an exception of a process in it is said at once, and ends the
+    """What ends this block ends the process group; an exception of a process in it is printed at once, and ends the
     process: NCCL's way to end a group may wait for the others, who wait for this one."""
     try:
         yield
