@@ -339,3 +339,12 @@ def test_no_file_of_features_of_nothing(tiny, tmp_path, monkeypatch, capsys):
     with pytest.raises(BadInput, match="none of the 20 split1-train videos can be read; the first: no video"):
         command(tiny, "features", *UNTRAINED, "--features", str(tmp_path / "f"), "--workers", "0")
     assert "written" not in capsys.readouterr().out and not list((tmp_path / "f").glob("*.npz"))
+
+
+# --- bad input of several processes ----------------------------------------------------------------------------------
+@pytest.mark.parametrize(("flags", "words"), [(["--flow", "nowhere"], "nowhere is no flow store"),
+                                              (["--stride", "0"], "--stride 0: must be above 0")])
+def test_bad_input_is_printed_by_one_process(tiny, flags, words):
+    """Found by each for itself, before the processes meet and after."""
+    out = in_two_processes("retrieval", *tiny.common(), *UNTRAINED, *flags, status=1)
+    assert out.stderr.count(words) == 1 and "Traceback" not in out.stderr.split("torch.distributed")[0]
