@@ -1,5 +1,6 @@
 """Every picture, drawn from files that the stages wrote.
 
+    python -m experiments.figures method     --out docs/method.svg
     python -m experiments.figures prototypes --prototypes prototypes.npz --out figure3.png
     python -m experiments.figures training   --run RUN [--run RUN ...] --out training.png
     python -m experiments.figures retrieval  --json retrieval.json [--versus other.json] [--split 2] --out figure4.png
@@ -7,12 +8,12 @@
     python -m experiments.figures features   --features FILE [--versus FILE] --view rgb --out features.png
     python -m experiments.figures confusion  --json finetune.json [--split 2] --view rgb+flow --out confusion.png
 
-prototypes: Fig. 3, t-SNE of the prototypes before (random) and after Eq. 11, and the cosine of each to its nearest.
-training: the curves of one or several RUN/log.jsonl. retrieval: Fig. 4, queries with their nearest videos, right and
-wrong ones framed and marked; with --versus the same queries answered by another network. lambda: Table 2, the
-paper's beside ours (`experiments.tables run --table 2`). features: t-SNE of a file of features of evaluate.py by class.
-confusion: classes against what a classifier, or the nearest neighbour, says. Of a result of several splits the first
-is drawn, or that of --split.
+method: Fig. 2 in our own hand (method.py), from no file. prototypes: Fig. 3, t-SNE of the prototypes
+before (random) and after Eq. 11, and the cosine of each to its nearest. training: the curves of one or several
+RUN/log.jsonl. retrieval: Fig. 4, queries with their nearest videos, right and wrong ones framed and marked; with
+--versus the same queries answered by another network. lambda: Table 2, the paper's beside ours (`experiments.tables
+run --table 2`). features: t-SNE of a file of features of evaluate.py by class. confusion: classes against what a
+classifier, or the nearest neighbour, says. Of a result of several splits the first is drawn, or that of --split.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import matplotlib
 import numpy as np
 import torch
 
+from experiments import method
 from experiments.paper import LAMBDA_GRID, LAMBDAS, TABLES
 from experiments.tables import check_comparable, collect, load, ours
 from support.cli import Help, command_line
@@ -338,6 +340,8 @@ def main(argv=None):
     c.add_argument("--versus", help="another such result")
     c.add_argument("--view", default="rgb", choices=("rgb", "flow", "rgb+flow"))
     c.set_defaults(draw=confusion)
+    c = of("method", help="Fig. 2, in our own hand")
+    c.set_defaults(draw=lambda args: save(method.draw(), args.out))
     for name in ("retrieval", "confusion"):
         commands.choices[name].add_argument("--split", type=int, help="of a result on several (default: the first)")
     for c in commands.choices.values():
