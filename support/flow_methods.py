@@ -5,7 +5,7 @@ tvl1       TV-L1 [92], the paper's, with OpenCV's default parameters. Two backen
 dis        Dense Inverse Search (Kroeger, Timofte, Dai, Van Gool 2016), OpenCV's preset "medium"
 farneback  Farneback (2003), OpenCV's defaults
 
-The latter two are other flows, for those who accept them; the README's part "Flow" says how far away and how fast.
+The latter two are other flows, for those who accept them; docs/flow.md says how far away and how fast.
 """
 
 import functools
