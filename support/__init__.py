@@ -31,5 +31,6 @@ Evaluation (stage 4)
     classifiers     linear probe and fine-tuning
     metrics         nearest neighbours, R@k, accuracy, Acc, NMI and F1 of clusters
     kmeans          k-means, all restarts as one batch
+    reporting       the protocol in words, tables by view and by class
     weights         other people's weights, and exports of ours
 """

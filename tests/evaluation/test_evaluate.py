@@ -17,6 +17,7 @@ from support.classifiers import LINEAR
 from support.datasets import read_split
 from support.errors import BadInput
 from support.files import load_arrays, save_arrays
+from support.reporting import mean_of_splits
 from support.stores import FlowStore
 
 
@@ -237,7 +238,7 @@ def test_several_splits_and_their_mean(tiny, monkeypatch, tmp_path):
     assert set(out["splits"]) == {"1", "2"} and out["protocol"]["split"] == [1, 2]
     assert out["results"]["rgb"]["R@1"] == 100
     a, b = {"rgb": {"R@1": 20, "R@1 standard error": 3}}, {"rgb": {"R@1": 40, "R@1 standard error": 4}}
-    assert evaluate.mean_of_splits([a, b]) == {"rgb": {"R@1": 30, "R@1 standard error": 2.5}}
+    assert mean_of_splits([a, b]) == {"rgb": {"R@1": 30, "R@1 standard error": 2.5}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
