@@ -66,7 +66,7 @@ def test_steps_of_several_batches_are_counted_as_steps(tiny, tmp_path, monkeypat
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     net = torch.nn.BatchNorm3d(2)
-    check_weights(net, 3, tmp_path)
+    check_weights(net, 3, tmp_path / "checkpoint.pt")
     net.running_var[0] = torch.nan
     with pytest.raises(BadInput, match="step 3 is not saved: running_var not finite; nothing had been saved"):
-        check_weights(net, 3, tmp_path)
+        check_weights(net, 3, tmp_path / "checkpoint.pt")

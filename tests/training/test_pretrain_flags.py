@@ -71,11 +71,11 @@ def test_a_step_s_loss_takes_every_number_from_its_flag(method, sign, impl, monk
         pytest.skip("the extension isn't built")
     s = settings(method=method, arch="r2plus1d18", width=0.125, hidden=16, prior_sign=sign, **NUMBERS)
     net, clips = model.two_view(vars(s), torch.randn(12, 6)), fake_clips(4)
-    loss, batch_scores, _ = pretrain.step_loss(net, clips, s, guided=method == "goca")
+    loss, batch_scores, *_ = pretrain.step_loss(net, clips, s, (method == "goca",) * 2)
     scores = net.scores(net(clips)).detach()  # training mode: batch statistics, so the same features again
     expected = by_hand(scores, method, **NUMBERS, prior_sign=sign)
     torch.testing.assert_close(loss.detach().double(), expected, rtol=1e-4, atol=1e-5)
-    logged = pretrain.assign(batch_scores, s, method == "goca")  # what the log describes
+    logged = pretrain.assign(batch_scores, s, (method == "goca",) * 2)  # what the log describes
     own = assigned(scores[0, 1], None, 0.2, 0, 2)
     if method == "goca":
         own = assigned(scores[0, 1], assigned(scores[1, 1], None, 0.2, 0, 2), 0.2, sign * 0.3, 2)
@@ -90,8 +90,8 @@ def test_a_step_s_loss_takes_every_number_from_its_flag(method, sign, impl, monk
     ("--scale", (1.5, 2.5), lambda m: m.clips.scale), ("--time-limit", 9.0, lambda m: m.clips.time_limit),
     ("--size", 24, lambda m: m.clips.size), ("--frames", 6, lambda m: m.clips.lengths["long"][1]),
     ("--short-crops", 3, lambda m: len(m.clips.lengths["short"])), ("--cache", None, lambda m: m.clips.cache == {}),
-    ("--batch-size", 4, lambda m: m.batches[0][1]), ("--epochs", 9, lambda m: m.batches[0][2]),
-    ("--seed", 3, lambda m: m.batches[0][3]), ("--keep-last", None, lambda m: m.batches[1]["keep_last"]),
+    ("--batch-size", 4, lambda m: m.batches.batch_size), ("--epochs", 9, lambda m: m.batches.epochs),
+    ("--seed", 3, lambda m: m.batches.seed), ("--keep-last", None, lambda m: m.batches.rest == 4),
     ("--recompute", None, lambda m: all(b.recompute for b in m.net.backbones.values())),
     ("--width", 0.25, lambda m: m.net.backbones["rgb"].feature_dim / 512),
     ("--heads", 2, lambda m: len(m.net.heads)), ("--hidden", 24, lambda m: m.net.heads[0][0].out_features),
