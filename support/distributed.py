@@ -162,7 +162,10 @@ class MaxOverRanks:
         if len(self.pending) <= self.late:
             return [0] * len(numbers)
         largest, work = self.pending.popleft()
-        work.synchronize() if self.stream else work.wait()
+        if self.stream:
+            work.synchronize()
+        elif work:
+            work.wait()
         return largest.tolist()
 
     def _to_host(self, largest, work):

@@ -66,14 +66,14 @@ def weights(out):
     return load_checkpoint(out)["model"]
 
 
-def poisoned(monkeypatch, steps):
+def poisoned(monkeypatch, steps, view="rgb"):
     """Let the clips of some steps (from 0) be NaN."""
     original, count = data.augment, iter(range(1000))
 
     def augment(batch, device):
         clips = original(batch, device)
         if next(count) in steps:
-            clips[0]["rgb"].fill_(float("nan"))
+            clips[0][view].fill_(float("nan"))
         return clips
 
     monkeypatch.setattr(data, "augment", augment)

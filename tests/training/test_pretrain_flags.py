@@ -11,9 +11,11 @@ from helpers.training import fake_clips, made, settings, train
 import goca
 import model
 import pretrain
-from support.batch_norm import GlobalBatchNorm
+from support.batch_norm import GlobalBatchNorm, synchronisation, synchronise_batch_norm
 from support.checkpoints import load_checkpoint, save_run
+from support.errors import BadInput
 from support.optim import LARS
+from support.training_flags import parser
 
 
 # --- the method ------------------------------------------------------------------------------------------------------
@@ -126,6 +128,71 @@ def test_batch_norm_is_that_of_all_processes_unless_told_otherwise(tiny, tmp_pat
     net = made(tiny, tmp_path, monkeypatch, *more, world=world).net
     norms = [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     assert len(norms) > 20 and {isinstance(m, GlobalBatchNorm) for m in norms} == {synchronised}
+
+
+@pytest.mark.parametrize(("flags", "kind"), [
+    ([], "auto"), (["--sync-batch-norm"], "auto"), (["--no-sync-batch-norm"], "none"),
+    (["--sync-batch-norm", "own"], "own"), (["--sync-batch-norm", "torch"], "torch")])
+def test_old_and_new_ways_to_ask_for_synchronised_batch_norm(flags, kind):
+    s = pretrain.arguments([*flags, "--videos", "v", "--flow", "f", "--prototypes", "p", "--out", "o"])
+    assert s.sync_batch_norm == kind
+
+
+def test_which_synchronised_batch_norm_is_taken():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [synchronisation(flag, gpu) for flag in ("auto", "torch", "own")] == ["torch", "torch", "own"]
+    assert [synchronisation(flag, cpu) for flag in ("auto", "own")] == ["own", "own"]
+    with pytest.raises(BadInput, match=r"--sync-batch-norm torch: torch\.nn\.SyncBatchNorm works on GPUs alone"):
+        synchronisation("torch", cpu)
+    net = torch.nn.Sequential(torch.nn.Conv3d(2, 3, 1), torch.nn.BatchNorm3d(3))
+    weight, buffers = net[1].weight, dict(net[1].named_buffers())
+    net = synchronise_batch_norm(net, "torch")
+    assert isinstance(net[1], torch.nn.SyncBatchNorm) and net[1].weight is weight
+    assert all(dict(net[1].named_buffers())[name] is b for name, b in buffers.items())
+
+
+# --- what is said of flags -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--method", "sep", "--lambda2", "0.01"], "--lambda2 0.01 has no effect with --method sep"),
+    (["--method", "vicc", "--lead", "flow", "--lead-epochs", "3"], "--lead flow has no effect with --method vicc"),
+    (["--method", "avg", "--guide-start", "3"], "--guide-start 3 has no effect with --method avg"),
+    (["--method", "sview", "--prior-sign", "-1"], "--prior-sign -1 has no effect with --method sview"),
+    (["--alternate", "3"], "--alternate 3 has no effect with --method goca"),
+    (["--optimizer", "adamw", "--trust", "0.1"], "--trust 0.1 has no effect with --optimizer adamw"),
+    (["--short-crops", "0", "--short-frames", "32"], "--short-frames 32 has no effect with --short-crops 0"),
+    (["--guide-start", "500"], "--guide-start 500 is not reached in --epochs 500"),
+    (["--epochs", "8"], "--warmup-epochs 10 is cut to 4, half of --epochs 8"),
+    (["--method", "vicc", "--alternate", "3"], None), (["--method", "goca", "--lambda2", "0.01"], None)])
+def test_flags_without_effect_are_said(capsys, monkeypatch, flags, words):
+    argv = [*flags, "--videos", "v", "--flow", "f", "--prototypes", "p", "--out", "o"]
+    s = pretrain.arguments(argv)
+    said = capsys.readouterr().out
+    assert f"note: {words}" in said if words else said == ""
+    assert s.warmup_epochs == min(10, s.epochs // 2)
+    monkeypatch.setenv("RANK", "1")
+    pretrain.arguments(argv)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("flags", [["--lead", "flow"], ["--lead-epochs", "3"]])
+def test_half_of_leading_is_refused(flags):
+    with pytest.raises(BadInput, match="leading takes both, a view and for how long"):
+        pretrain.arguments([*flags, "--videos", "v", "--flow", "f", "--prototypes", "p", "--out", "o"])
+
+
+def test_help_shows_what_a_reader_of_the_paper_sets_and_help_all_the_rest(capsys):
+    flags = {}
+    for which in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as e:
+            pretrain.arguments([which])
+        assert e.value.code == 0
+        text = capsys.readouterr().out
+        flags[which] = {line.split()[0] for line in text.splitlines() if line.startswith("  --")}
+        assert "SUPPRESS" not in text
+    assert 20 <= len(flags["--help"]) <= 28 and {"--lambda1", "--epochs", "--plan"} <= flags["--help"]
+    assert flags["--help"] < flags["--help-all"]
+    every = {a.option_strings[-1] for a in parser(True)._actions} - {"--help", "--no-sync-batch-norm"}
+    assert flags["--help-all"] == every
 
 
 def test_a_split_trains_on_the_videos_of_its_own_list_alone(tiny, tmp_path, monkeypatch):
