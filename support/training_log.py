@@ -199,7 +199,8 @@ class Log:
             self.file.write(json.dumps(line) + "\n")
         if self.board:
             for name, value in line.items():
-                self.board.add_scalar(name, value, step)
+                if name != "prior_views":  # no number
+                    self.board.add_scalar(name, value, step)
             self.board.flush()
         left = timedelta(seconds=round((now - self.began) / (step - self.first) * (self.total - step)))
         agree = f"  views agree {line['views_agree']:.2f}" if "views_agree" in line else ""
