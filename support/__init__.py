@@ -19,7 +19,9 @@ Optical flow (stage 1)
     flow_gpu        many videos at once on a GPU
     flow_info       what a store holds, and a picture of a field
 Training (stage 3)
-    optim           LARS, AdamW, steps left out where a gradient is not finite, the learning rate
+    training_flags  the flags of pretrain.py
+    run             the one training loop: logging, signals, saving, stopping around a step
+    optim           LARS, AdamW, SGD; steps dropped where a gradient is not finite; the learning rate
     training_log    RUN/log.jsonl, the terminal, warnings of collapse
     signals         signals that ask a run to stop, the clock that asks it to save
     distributed     several processes: how they start, what they share and must have alike
