@@ -29,13 +29,12 @@ class VideoSet(NamedTuple):
     classes: list  # of class names; a label is a place in it
     absent: list  # what the split file names and the folder lacks
     faulty: list  # names of those that the index says can't be used
-    unlabelled: tuple = ()  # names of those that are there, but not used for want of a label
+    unused: tuple = ()  # a message for each that is there and listed, but of no class or without flow
     notes: tuple = ()  # messages: what the folders and lists were taken for, and what was passed over
 
     def left_out(self):
         """A message for each video that is listed and not used."""
-        return ([f"{name}: listed, but absent" for name in self.absent]
-                + [f"{name}: there, but of no class" for name in self.unlabelled])
+        return [*(f"{name}: listed, but absent" for name in self.absent), *self.unused]
 
 
 class Listing(NamedTuple):

@@ -1,10 +1,12 @@
 """Lists as their authors, other projects, editors and users write them; folders in place of lists."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from helpers.clips import film, numbered
 
+import evaluate
 from support.datasets import read_split
 from support.errors import BadInput
 
@@ -139,8 +141,9 @@ def test_a_class_that_classind_lacks_is_not_called_absent(tmp_path, films):
     found = read_split("ucf101", videos, splits)
     assert labels(found) == {"Walk/v_a": "Walk", "Jump High/v_b": None} and found.absent == ["Walk/v_gone"]
     assert any("classInd.txt lacks 1 classes of listed videos that are there (Jump High)" in n for n in found.notes)
-    left = found._replace(unlabelled=("Jump High/v_b",)).left_out()
-    assert left == ["Walk/v_gone: listed, but absent", "Jump High/v_b: there, but of no class"]
+    settings = SimpleNamespace(dataset="ucf101", videos=videos, splits=splits, command="retrieval")
+    assert evaluate.labelled_videos(SimpleNamespace(s=settings, rank=0), 1, "train").left_out() == [
+        "Walk/v_gone: listed, but absent", "Jump High/v_b: there, but of no class"]
 
 
 # --- lists of one's own ----------------------------------------------------------------------------------------------
