@@ -51,7 +51,7 @@ from support.flow_info import info
 from support.flow_methods import FLOW_METHODS, TVL1, choose_device, make_settings
 from support.flow_pipeline import Job, Settings, cut_short_message, extract_in_worker
 from support.stores import FlowStore, RgbStore, rgb_settings
-from support.videos import find_videos, with_time_limit
+from support.videos import file_stat, find_videos, with_time_limit
 from support.worker_pool import cores, run_in_processes
 
 
@@ -100,7 +100,7 @@ def finished_header(store, name, path):
     try:
         reader = store.open(name)
         reader.check()
-        return reader.header if reader.header.get("source_bytes") == os.path.getsize(path) else None
+        return reader.header if reader.header.get("source_bytes") == file_stat(path)[0] else None
     except (BadInput, OSError):
         return None
 
@@ -317,7 +317,8 @@ def run(args):
     found = find_videos(args.videos)
     check_apart(found, args.videos, args.out, args.rgb)
     share = list(found)[i - 1::n]
-    say(f"{len(found)} videos below {args.videos}, {len(share)} of them in shard {i}/{n}; looking at the store")
+    say(f"{len(found)} videos below {args.videos}, {len(share)} of them in shard {i}/{n}; looking at the store",
+        *found.notes())
     stores = []
     for kind, root, header, option in ((FlowStore, args.out, settings.flow, "--out"),
                                        (RgbStore, args.rgb, settings.rgb, "--rgb")):

@@ -16,7 +16,7 @@ from support.avi import AviWriter
 from support.errors import BadInput
 from support.flow_methods import fields
 from support.stores import quantise, shrink
-from support.videos import cut_short, declared_frames, decode
+from support.videos import cut_short, declared_frames, decode, file_stat
 
 
 class Job(NamedTuple):
@@ -44,16 +44,13 @@ def frames_of(path, about, limit=None):
         if about["source_frames"] == 0:
             about["source_size"] = [w, h]
             about["source_declared"] = declared_frames(path)
-        elif about["source_size"] != [w, h]:
-            raise BadInput(f"{path} changes its size from {about['source_size']} to {[w, h]} at frame "
-                           f"{about['source_frames']}; cut it there into two videos")
         about["source_frames"] += 1
         yield frame
     if about["source_frames"] == 1:
         raise BadInput(f"{path} has one frame only; flow needs two")
-    about["source_bytes"] = os.path.getsize(path)
+    about["source_bytes"] = file_stat(path)[0]
     # is it the file, or its disk? then there is more of it another day
-    if limit is None and cut_short_message(path, about):
+    if limit is None and os.path.isfile(path) and cut_short_message(path, about):
         try:
             with open(path, "rb") as f:
                 while f.read(2**20):

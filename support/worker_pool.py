@@ -39,6 +39,9 @@ def one_line(e):
 def _unavailable(path):
     """Whether a file, or its disk, is gone: nothing that its content could bring about."""
     try:
+        if os.path.isdir(path):  # of images
+            os.listdir(path)
+            return False
         with open(path, "rb") as f:
             f.read(1)
             f.seek(os.fstat(f.fileno()).st_size // 2)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from helpers.containers import encode
 from helpers.flow import QUICK, built, command, extract, film, make_set, moving, tree
 from helpers.paths import ROOT
 from helpers.tvl1 import LIKE, SAME
@@ -138,12 +140,34 @@ def test_odd_sizes(tmp_path, short_side, size):
     assert abs(np.median(dequantise(plane[:size[0]])) - expected) < 0.15
 
 
-def test_size_changes(tmp_path, monkeypatch):
-    monkeypatch.setattr(flow_pipeline, "decode", lambda path: iter([np.zeros((16, 24, 3), np.uint8)] * 2
-                                                          + [np.zeros((24, 16, 3), np.uint8)]))
-    with pytest.raises(BadInput, match=r"odd\.avi changes its size from \[24, 16\] to \[16, 24\] at frame 2"):
-        extract(tmp_path / "odd.avi", tmp_path / "flow.avi")
-    assert not list(tmp_path.iterdir())
+def test_size_changes(tmp_path):
+    wide, high = ([np.dstack([f] * 3) for f in moving(4, h, w, 1, 0)] for h, w in ((48, 64), (64, 48)))
+    joined = encode(wide, "mpegts") + encode(high, "mpegts")
+    (tmp_path / "joined.ts").write_bytes(joined)
+    with pytest.raises(BadInput, match=r"joined\.ts changes its size from 64x48 to 48x64"):
+        extract(tmp_path / "joined.ts", tmp_path / "flow.avi")
+    assert [p.name for p in tmp_path.iterdir()] == ["joined.ts"]
+
+
+def test_a_folder_of_images_is_extracted_as_a_video(tmp_path):
+    folder = tmp_path / "v" / "run" / "one"
+    folder.mkdir(parents=True)
+    for t, frame in enumerate(moving(5, 48, 64, 2, -1)):
+        cv2.imwrite(str(folder / f"{t + 1:05d}.png"), frame)
+    assert command(tmp_path / "v", tmp_path / "s") == 0
+    reader = FlowStore(tmp_path / "s").open("run/one")
+    assert len(reader) == 4 and reader.header["source_frames"] == 5 and reader.header["source_size"] == [64, 48]
+    field = dequantise(reader.read([1])[0])
+    assert abs(np.median(field[:48]) - 2) < 0.15 and abs(np.median(field[48:]) + 1) < 0.15
+    assert not missing(tmp_path)  # nothing is left to do
+    shutil.copy(folder / "00005.png", folder / "00006.png")
+    assert missing(tmp_path) == {"run/one"}  # one more image: another video
+
+
+def missing(root):
+    """Names of the videos below root/v whose flow in root/s is not there or of another video."""
+    jobs, _, _ = flow.missing_jobs(find_videos(root / "v"), [FlowStore(root / "s"), None], (root / "s", None))
+    return set(jobs)
 
 
 def test_missing_optflow(tmp_path, monkeypatch):
