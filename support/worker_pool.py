@@ -32,13 +32,16 @@ def cores():
 
 
 def one_line(e):
-    """What an exception says, in one line."""
+    """The type and message of an exception, in one line."""
     return f"{type(e).__name__} {' '.join(str(e).split())}"
 
 
 def _unavailable(path):
-    """Whether a file, or its disk, is gone: nothing that its content could bring about."""
+    """Whether a file or folder, or its disk, is gone: nothing that its content could bring about."""
     try:
+        if os.path.isdir(path):
+            os.listdir(path)
+            return False
         with open(path, "rb") as f:
             f.read(1)
             f.seek(os.fstat(f.fileno()).st_size // 2)

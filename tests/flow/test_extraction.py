@@ -24,7 +24,7 @@ from support import flow_methods, flow_pipeline, videos
 from support.avi import AviReader, write_avi
 from support.errors import BadInput
 from support.flow_methods import OURS, backends_agree, choose_backend
-from support.stores import FlowStore, dequantise
+from support.stores import FlowStore, dequantise, open_store
 from support.videos import VIDEO_SUFFIXES, find_videos
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_u_stands_over_v(tmp_path):
     assert len(reader) == 3 and reader.header == {**about, "device": "cpu", "frames": 3,
                                                   "crc32": reader.header["crc32"]}
     assert about == {"source": "v.avi", "source_bytes": (tmp_path / "v.avi").stat().st_size, "source_size": [64, 48],
-                     "source_declared": 4, "source_frames": 4}
+                     "source_declared": 4, "source_frames": 4, "source_fps": 25.0}
     for plane in reader.read([0, 1, 2]):
         assert plane.shape == (96, 64)
         u, v = np.split(dequantise(plane), 2)
@@ -271,7 +271,7 @@ def test_shards_that_start_together_agree(tmp_path):
         def shard(k, root=tmp_path / str(attempt), results=results, gate=gate):
             gate.wait()
             try:
-                store = flow.open_store(FlowStore, root, settings[k % 2])
+                store = open_store(FlowStore, root, settings[k % 2])
                 results.append((store.header["short_side"], k % 2 * 32))
             except BadInput as e:
                 assert "other settings" in str(e)

@@ -11,10 +11,11 @@ from helpers.flow import built, command, film, make_set, moving, tree
 
 import flow
 import goca
-from support import flow_gpu, flow_methods, flow_pipeline, videos
+from support import flow_gpu, flow_methods, flow_pipeline, flow_progress, videos
 from support.avi import AviReader
 from support.errors import BadInput
 from support.flow_info import colours
+from support.flow_progress import Progress
 from support.stores import FlowStore, RgbStore, rgb_settings
 from support.videos import find_videos
 
@@ -279,8 +280,8 @@ def test_plan(tmp_path, capsys, more):
 
 def test_progress(monkeypatch, capsys):
     clock = 100.0
-    monkeypatch.setattr(flow.time, "monotonic", lambda: clock)
-    progress = flow.Progress(total=10)
+    monkeypatch.setattr(flow_progress.time, "monotonic", lambda: clock)
+    progress = Progress(total=10)
     progress.add("a", 1, 30, 1000, 500)
     progress.add("a", 1, 30, 1000, 500)
     clock = 109

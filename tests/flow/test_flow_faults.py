@@ -16,7 +16,8 @@ from helpers.paths import ROOT
 import flow
 from support import flow_methods, flow_pipeline
 from support.errors import BadInput
-from support.stores import FlowStore, RgbStore
+from support.flow_progress import Progress
+from support.stores import FlowStore, RgbStore, open_store
 from support.videos import find_videos
 
 TRIAL = ["--warps", "1", "--epsilon", "0.1"]
@@ -111,7 +112,7 @@ def test_store_cannot_be_written(five, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(BadInput, match=r"--out .*file can't be used as a folder"):
         command(five / "videos", tmp_path / "file")
-    flow.open_store(FlowStore, tmp_path / "s", flow_methods.make_settings(short_side=0))
+    open_store(FlowStore, tmp_path / "s", flow_methods.make_settings(short_side=0))
     (tmp_path / "s" / "a").write_text("in the way")
     with pytest.raises(BadInput, match=r"v\d\.avi can't be written"):
         command(five / "videos", tmp_path / "s")
@@ -131,10 +132,11 @@ def test_crash_costs_one_video(five, tmp_path, workers, device):
     jobs = {name: flow_pipeline.Job(path, str(tmp_path / f"{name}.avi"), None) for name, path in found.items()}
     for name in ("a/v0", "a/v3"):
         jobs[name] = jobs[name]._replace(path=Deadly("crash.avi"))
-    progress = flow.Progress(len(jobs))
+    progress = Progress(len(jobs))
     settings = flow_pipeline.Settings(flow_methods.make_settings(short_side=0))
-    skipped, cut = flow.extract_all(jobs, settings, workers, progress, 60, device)
-    assert skipped.keys() == {"a/v0", "a/v3"} and not cut and progress.videos == 5 and progress.pairs == 9
+    remarks = flow.Remarks(settings.cuts)
+    skipped = flow.extract_all(jobs, settings, workers, progress, remarks, 60, device)
+    assert skipped.keys() == {"a/v0", "a/v3"} and not remarks.cut and progress.videos == 5 and progress.pairs == 9
     assert all(s.startswith("crash.avi ended the process that read it (exit code 7)") for s in skipped.values())
     for name in ("v1", "v2", "v4"):
         assert (tmp_path / "a" / f"{name}.avi").read_bytes() == (five / "store" / "a" / f"{name}.avi").read_bytes()

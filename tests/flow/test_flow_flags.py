@@ -39,7 +39,7 @@ def test_the_time_limit_and_the_workers_reach_the_processes(films, tmp_path, mon
     monkeypatch.setattr(module, "run_in_processes", lambda *args: seen.append(args) or iter(()))
     assert command(films, tmp_path / "s", *TRIAL, *more, "--time-limit", "77", "--workers", "3") == 0
     (args,) = seen
-    assert args[place] == 77 and args[3] == 3 and args[1].keys() == {"a/v0", "a/v1"}
+    assert args[place] == 77 and args[3] == 3 and args[1].keys() == {("a/v0", 0), ("a/v1", 0)}
 
 
 @built

@@ -186,22 +186,23 @@ def test_a_card_that_fails_is_a_sentence(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # What waits
 # ---------------------------------------------------------------------------------------------------------------------
-def films_of(monkeypatch, count, pairs, size):
+def films_of(monkeypatch, folder, count, pairs, size):
     """Stand-in for the decoders: so many films of a chunk each, size(k) px -> {name: Job}, the list of those taken."""
     taken = []
 
     def decode(*_):
         for k in range(count):
             taken.append(k)
-            yield k, "progress", (np.zeros((pairs + 1, *size(k)), np.uint8), pairs, pairs, 0)
+            yield k, "progress", (flow_gpu.Chunk(np.zeros((pairs + 1, *size(k)), np.uint8), pairs, pairs, 0),)
+            yield k, "progress", (flow_gpu.FlowFile(str(folder / f"{k}.avi"), {}),)
             yield k, "done", {"source_frames": pairs + 1, "source_declared": 0}
 
     monkeypatch.setattr(flow_gpu, "run_in_processes", decode)
     return {k: flow_pipeline.Job(f"{k}.avi", None, None) for k in range(count)}, taken
 
 
-def test_decoders_wait_for_the_card(card, monkeypatch):
-    jobs, taken = films_of(monkeypatch, 40, 8, lambda k: (16, 16))
+def test_decoders_wait_for_the_card(card, monkeypatch, tmp_path):
+    jobs, taken = films_of(monkeypatch, tmp_path, 40, 8, lambda k: (16, 16))
     go, solve = threading.Event(), card.__call__
     monkeypatch.setattr(flow_gpu, "make_solver", lambda settings: lambda pairs: go.wait(30) and solve(pairs))
     settings, done = flow_pipeline.Settings({"quality": 90}), []
@@ -215,9 +216,9 @@ def test_decoders_wait_for_the_card(card, monkeypatch):
     assert sum(kind == "done" for _, kind, _ in done) == len(taken) == 40
 
 
-def test_films_of_many_sizes_wait_for_others_of_theirs_in_bounds(card, monkeypatch):
+def test_films_of_many_sizes_wait_for_others_of_theirs_in_bounds(card, monkeypatch, tmp_path):
     """Frames of four batches at most, whatever the sizes."""
-    jobs, taken = films_of(monkeypatch, 40, 3, lambda k: (16, 16 + k))
+    jobs, taken = films_of(monkeypatch, tmp_path, 40, 3, lambda k: (16, 16 + k))
     put, sent, waiting = flow_gpu.FlowBatches.put, [], []
 
     def count(self, chunks):
@@ -238,7 +239,7 @@ def test_processes_of_torchrun_share_the_cards_and_the_cores(tmp_path, monkeypat
     make_set(tmp_path / "v", 1)
     asked, done = [], []
     monkeypatch.setattr(flow, "choose_device", lambda *args: asked.append(args[2]) or (torch.device("cpu"), None))
-    monkeypatch.setattr(flow, "extract_all", lambda jobs, settings, workers, *_: done.append(workers) or ({}, {}))
+    monkeypatch.setattr(flow, "extract_all", lambda jobs, settings, workers, *_: done.append(workers) or {})
     monkeypatch.setattr(flow, "cores", lambda: 13)
     for local, world in ((3, 4), (0, 16)):
         monkeypatch.setenv("LOCAL_RANK", str(local))

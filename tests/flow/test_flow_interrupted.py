@@ -23,7 +23,7 @@ from helpers.paths import ROOT
 import flow
 from support import flow_methods, flow_pipeline, video_index, worker_pool
 from support.errors import BadInput
-from support.stores import FlowStore
+from support.stores import FlowStore, open_store
 from support.video_index import scan
 from support.videos import decode, find_videos, frames_at
 
@@ -211,7 +211,7 @@ def test_a_store_is_begun_without_hard_links(tmp_path, monkeypatch, code):
         def shard(k, root=tmp_path / str(attempt), results=results, start=start):
             start.wait()
             with suppress(BadInput):
-                results.append(flow.open_store(FlowStore, root, {"short_side": k % 2}).header["short_side"])
+                results.append(open_store(FlowStore, root, {"short_side": k % 2}).header["short_side"])
 
         threads = [threading.Thread(target=shard, args=(k,)) for k in range(6)]
         for t in threads:
@@ -265,7 +265,7 @@ def test_no_film_is_overwritten(tmp_path, more):
     for out, *rgb in cases:
         with pytest.raises(BadInput, match=r"--\w+ .* is (inside )?--\w+"):
             command(tmp_path / "films" / "v", tmp_path / out, *more, *(str(tmp_path / place) for place in rgb))
-    flow.open_store(FlowStore, tmp_path / "store", flow_methods.make_settings(short_side=0))
+    open_store(FlowStore, tmp_path / "store", flow_methods.make_settings(short_side=0))
     make_set(tmp_path / "store" / "mine", 1)
     (tmp_path / "films" / "v" / "mine").symlink_to(tmp_path / "store" / "mine")
     with pytest.raises(BadInput, match=r"mine/a leads into --out .*store"):
