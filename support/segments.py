@@ -15,6 +15,6 @@ def expand(videos, store, rgb=None, frames=True):
     if frames and rgb is None and (cut or store.header.get("fps")):
         what = f"{cut.name} in segments" if cut else f"frames at {store.header['fps']:g} a second"
         raise BadInput(f"{store.root} holds {what}, whose pictures are read from an RGB store: add --rgb RGB (made "
-                       f"with python flow.py --videos DIR --out {store.root} --rgb RGB and the same --segment or --fps), "
-                       f"or take --views flow")
+                       f"with python flow.py --videos DIR --out {store.root} --rgb RGB and the same --segment or "
+                       f"--fps), or take --views flow")
     return [video._replace(name=name) for video in videos for name in names[video.name] or [video.name]]
