@@ -48,17 +48,10 @@ from support.files import atomic
 from support.flow_gpu import BATCH_PAIRS, extract_batched
 from support.flow_info import info
 from support.flow_methods import FLOW_METHODS, TVL1, choose_device, make_settings
-from support.flow_pipeline import (
-    Job,
-    Settings,
-    cut_short_message,
-    extract_in_worker,
-    long_message,
-    source_bytes,
-)
+from support.flow_pipeline import Job, Settings, cut_short_message, extract_in_worker, long_message
 from support.flow_progress import Progress, note
 from support.stores import SEGMENT, FlowStore, RgbStore, open_store, rgb_settings
-from support.videos import find_videos, with_time_limit
+from support.videos import file_stat, find_videos, with_time_limit
 from support.worker_pool import cores, run_in_processes
 
 
@@ -69,7 +62,7 @@ def finished_header(store, name, path):
     """The header of a video's file, or of its last segment, if all of it is in the store, whole (`AviReader.check`),
     and made from the video as it is now; else None."""
     try:
-        size, following = source_bytes(path), 0
+        size, following = file_stat(path)[0], 0
         if name in store:
             reader = store.open(name)
             reader.check()
@@ -89,7 +82,7 @@ def finished_header(store, name, path):
 def remove_outdated(store, name, path):
     """Remove the files of a video that were made from it as it was once: it may now be cut in another way."""
     with suppress(OSError):
-        size = source_bytes(path)
+        size = file_stat(path)[0]
         for file in [name, *store.segments(name)]:
             with suppress(BadInput):
                 if file in store and store.open(file).header.get("source_bytes") != size:
@@ -319,7 +312,8 @@ def run(args):
     if args.segment:
         check_names(found)
     names = list(found)[i - 1::n]
-    say(f"{len(found)} videos below {args.videos}, {len(names)} of them in shard {i}/{n}; looking at the store")
+    say(f"{len(found)} videos below {args.videos}, {len(names)} of them in shard {i}/{n}; looking at the store",
+        *found.notes())
     stores = []
     for kind, root, header, option in ((FlowStore, args.out, settings.flow, "--out"),
                                        (RgbStore, args.rgb, settings.rgb, "--rgb")):

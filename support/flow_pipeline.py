@@ -22,9 +22,9 @@ from support.avi import AviReader, AviWriter
 from support.errors import BadInput
 from support.flow_methods import fields
 from support.stores import quantise, segment_file, shrink
-from support.videos import cut_short, declared_frames, decode
+from support.videos import cut_short, declared_frames, decode, file_stat
 
-DEFAULT_FPS = 25.0  # frames a second where the container declares none, or one that no camera has
+DEFAULT_FPS = 25.0  # frames a second of folders of images, and where a container declares none or an absurd one
 LONG_FRAMES = 18_000  # ten minutes at 30 frames a second: a video of more is reported where there is no --segment
 
 
@@ -57,17 +57,11 @@ class Settings(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 # Frames
 # ---------------------------------------------------------------------------------------------------------------------
-def source_bytes(path):
-    """Size of a video: of its file, or of all files of a folder of images."""
-    if os.path.isdir(path):
-        with os.scandir(path) as entries:
-            return sum(entry.stat().st_size for entry in entries if entry.is_file())
-    return os.path.getsize(path)
-
-
 def declared_fps(path):
     """Frames a second that the container declares, or DEFAULT_FPS."""
-    fps = 0.0 if os.path.isdir(path) else cv2.VideoCapture(str(path), cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FPS)
+    fps = 0.0
+    if os.path.isfile(path):
+        fps = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FPS)
     return fps if 1 <= fps <= 240 else DEFAULT_FPS
 
 
@@ -75,20 +69,14 @@ def frames_of(path, about, limit=None, fps=0):
     """Yield the frames of a video, uint8 [H, W, 3] BGR; with `fps` so many a second, by time stamps.
 
     about: a dict that is filled with the size and rate of the frames, how many the file declares, and how many came so
-    far. Raises BadInput, naming the file, if it can't be read, to its end if it seems cut short, changes its size or
-    has one frame only.
+    far. Raises BadInput as `decode`, and if there is one frame only or the file can't be read to its end.
     """
     about |= {"source": os.path.basename(path), "source_frames": 0}
-    for frame in itertools.islice(decode(path, fps=fps) if fps else decode(path), limit):
-        h, w = frame.shape[:2]
+    for frame in itertools.islice(decode(path, fps), limit):
         if about["source_frames"] == 0:
-            about["source_size"], about["source_fps"] = [w, h], declared_fps(path)
-            about["source_bytes"], about["source_declared"] = source_bytes(path), declared_frames(path)
-            if fps:
-                about["source_declared"] = round(about["source_declared"] * fps / about["source_fps"])
-        elif about["source_size"] != [w, h]:
-            raise BadInput(f"{path} changes its size from {about['source_size']} to {[w, h]} at frame "
-                           f"{about['source_frames']}; cut it there into two videos")
+            h, w = frame.shape[:2]
+            about |= {"source_size": [w, h], "source_fps": declared_fps(path), "source_bytes": file_stat(path)[0],
+                      "source_declared": declared_frames(path, fps)}
         about["source_frames"] += 1
         yield frame
     if about["source_frames"] == 1:

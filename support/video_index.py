@@ -16,7 +16,7 @@ from tqdm import tqdm
 from support.cli import Help, command_line
 from support.errors import BadInput
 from support.files import load_arrays, save_arrays
-from support.videos import cut_short, declared_frames, decode, find_videos
+from support.videos import cut_short, declared_frames, decode, file_stat, find_videos
 from support.worker_pool import cores, run_in_processes
 
 
@@ -28,8 +28,8 @@ class Index:
 
     COLUMNS = ("bytes", "changed_ns", "frames", "declared")
 
-    def __init__(self, entries):
-        self.entries = entries
+    def __init__(self, entries, notes=()):
+        self.entries, self.notes = entries, notes  # notes of a scan: `videos.Found.notes`
 
     @classmethod
     def load(cls, path):
@@ -80,15 +80,15 @@ def scan(root, path, workers=None, time_limit=60, progress=False):
     old = Index.load(path).entries if os.path.exists(path) else {}
     entries, jobs, known = {}, {}, dict.fromkeys(("new", "changed", "removed", "kept"), 0)
     for name, file in found.items():
-        stat = os.stat(file) if os.path.exists(file) else None  # a dangling link
-        mark = (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
+        there = os.path.exists(file)  # or a dangling link
+        mark = file_stat(file) if there else (0, 0)
         before = old.get(name)
         if before and before[:2] == mark:
             entries[name] = before
             known["kept"] += 1
         else:
             known["changed" if before else "new"] += 1
-            if stat:
+            if there:
                 jobs[name] = file, mark
             else:
                 entries[name] = (*mark, 0, 0, f"{file} doesn't exist")
@@ -114,7 +114,7 @@ def scan(root, path, workers=None, time_limit=60, progress=False):
                     saved = time.monotonic()
     finally:
         save()
-    return Index({name: entries[name] for name in found}), known
+    return Index({name: entries[name] for name in found}, found.notes()), known
 
 
 def main(argv=None):
@@ -136,7 +136,7 @@ def main(argv=None):
           f"{known['kept']} as before; {known['removed']} no longer there")
     print(f"{sum(frames)} frames decode; {len(index.unusable())} videos can't be used, "
           f"{len(wrong) - len(index.unusable())} are cut short")
-    for message in wrong:
+    for message in [*index.notes, *wrong]:
         print(f"  {message}".encode(errors="backslashreplace").decode())  # a file name need not be Unicode
     return int(args.strict and bool(wrong))
 

@@ -39,7 +39,7 @@ def one_line(e):
 def _unavailable(path):
     """Whether a file or folder, or its disk, is gone: nothing that its content could bring about."""
     try:
-        if os.path.isdir(path):
+        if os.path.isdir(path):  # of images
             os.listdir(path)
             return False
         with open(path, "rb") as f:

@@ -13,6 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from helpers.containers import encode
 from helpers.flow import QUICK, built, command, extract, film, make_set, moving, tree
 from helpers.paths import ROOT
 from helpers.tvl1 import LIKE, SAME
@@ -138,12 +139,15 @@ def test_odd_sizes(tmp_path, short_side, size):
     assert abs(np.median(dequantise(plane[:size[0]])) - expected) < 0.15
 
 
-def test_size_changes(tmp_path, monkeypatch):
-    monkeypatch.setattr(flow_pipeline, "decode", lambda path: iter([np.zeros((16, 24, 3), np.uint8)] * 2
-                                                          + [np.zeros((24, 16, 3), np.uint8)]))
-    with pytest.raises(BadInput, match=r"odd\.avi changes its size from \[24, 16\] to \[16, 24\] at frame 2"):
-        extract(tmp_path / "odd.avi", tmp_path / "flow.avi")
-    assert not list(tmp_path.iterdir())
+def test_size_changes(tmp_path):
+    """Two recordings joined to one stream: OpenCV would squeeze the second into the size of the first."""
+    sizes = [[np.stack([f] * 3, axis=-1) for f in moving(6, *size, 1, 0)] for size in ((32, 48), (48, 32))]
+    path = tmp_path / "v" / "odd.ts"
+    path.parent.mkdir()
+    path.write_bytes(b"".join(encode(frames, "mpegts") for frames in sizes))
+    with pytest.raises(BadInput, match=r"odd\.ts changes its size from 48x32 to 32x48"):
+        extract(path, tmp_path / "flow.avi")
+    assert not (tmp_path / "flow.avi").exists()
 
 
 def test_missing_optflow(tmp_path, monkeypatch):
@@ -323,7 +327,7 @@ def clips(folder, n):
 @pytest.mark.parametrize("dataset", ["ucf101", "hmdb51", "kinetics400"])
 def test_real_film(dataset, real_clips, tmp_path, monkeypatch):
     decode = videos.decode
-    monkeypatch.setattr(flow_pipeline, "decode", lambda path: itertools.islice(decode(path), 3))
+    monkeypatch.setattr(flow_pipeline, "decode", lambda path, fps: itertools.islice(decode(path, fps), 3))
     for path in clips(real_clips / dataset, 3):
         extract(path, tmp_path / "flow.avi", short_side=64)
         planes = AviReader(tmp_path / "flow.avi").read([0, 1])

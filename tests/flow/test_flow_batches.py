@@ -184,7 +184,7 @@ def test_rgb_store(films):
 def test_one_decode_for_both_and_shrunk(tmp_path, monkeypatch):
     film(tmp_path / "v.avi", moving(3, 64, 80, 1, 0))
     decode, times = videos.decode, []
-    monkeypatch.setattr(flow_pipeline, "decode", lambda path: times.append(path) or decode(path))
+    monkeypatch.setattr(flow_pipeline, "decode", lambda path, fps: times.append(path) or decode(path, fps))
     settings = flow_pipeline.Settings(flow_methods.make_settings(short_side=0), rgb_settings(short_side=32))
     flow_pipeline.extract_video(flow_pipeline.Job(tmp_path / "v.avi", tmp_path / "f.avi", tmp_path / "r.avi"), settings)
     (frame,) = AviReader(tmp_path / "r.avi").read([2])

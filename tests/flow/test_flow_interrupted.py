@@ -181,7 +181,7 @@ def test_a_scan_condemns_nothing_that_is_away(tmp_path, monkeypatch):
 def test_a_disk_that_fails_within_a_file_makes_no_short_flow(three, tmp_path, monkeypatch):
     """The decoder can't report it from a file that is cut short."""
     path, frames = three / "a" / "v0.avi", list(decode(three / "a" / "v0.avi"))
-    monkeypatch.setattr(flow_pipeline, "decode", lambda path: iter(frames[:2]))
+    monkeypatch.setattr(flow_pipeline, "decode", lambda path, fps: iter(frames[:2]))
     about = extract(path, tmp_path / "cut.avi", short_side=0)
     assert about["source_frames"] == 2 and flow_pipeline.cut_short_message(path, about)
 

@@ -1,0 +1,46 @@
+"""Films in containers that OpenCV doesn't write: made with PyAV from frames."""
+
+import io
+from fractions import Fraction
+
+import av
+import numpy as np
+
+
+def encode(frames, form, codec="libx264", stamps=None, rate=25, gop=12, b_frames=0):
+    """uint8 frames [H, W, 3] -> the bytes of a file. stamps: times in ms (default: at `rate`)."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=form) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt, stream.codec_context.gop_size = "yuv420p", gop
+        stream.codec_context.max_b_frames, stream.codec_context.thread_count = b_frames, 1
+        if codec == "libx264":
+            stream.options = {"x264-params": "scenecut=0"}  # key frames where `gop` says
+        if stamps is not None:
+            stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        for t, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="bgr24")
+            picture.pts = t if stamps is None else stamps[t]
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def cut_by_copy(source, path, first):
+    """Cut `source` (MP4) at frame `first` without encoding: the frames from the last key frame on are in the file, and
+    an edit list hides those before the cut."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = old.streams.video[0]
+        copy = new.add_stream_from_template(stream)
+        shift = round(first / stream.average_rate / stream.time_base)
+        kept = []
+        for packet in old.demux(stream):
+            if packet.size:
+                if packet.is_keyframe and packet.pts <= shift:
+                    kept = []
+                kept.append(packet)
+        for packet in kept:
+            packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
+            new.mux(packet)
+    return path
