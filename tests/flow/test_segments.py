@@ -1,7 +1,6 @@
 """flow.py --segment: a long video is cut while it is decoded, and nothing of it is lost, made twice or mixed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,16 +8,16 @@ import time
 
 import numpy as np
 import pytest
-import torch
 from helpers.flow import command, film, moving, texture, tree
 from helpers.paths import ROOT
 
 import flow
-from support import flow_pipeline
+from support import flow_methods, flow_pipeline
+from support.avi import AviWriter
 from support.datasets import Video
 from support.errors import BadInput
 from support.segments import expand
-from support.stores import FlowStore, RgbStore
+from support.stores import FlowStore, RgbStore, rgb_settings
 
 TRIAL = ["--warps", "1", "--epsilon", "0.1"]
 SECOND = ["--segment", "0.4"]  # 10 pairs at 25 frames a second
@@ -88,7 +87,8 @@ def test_processes_share_one_video(tmp_path, monkeypatch):
     assert command(tmp_path / "v", tmp_path / "s", *TRIAL, *SECOND, "--workers", "4") == 0
     made = [sum(name == ("long", i) and kind == "progress" for name, kind in seen) for i in range(4)]
     assert all(count >= 44 for count in made)  # each passes over what the others make
-    assert [len(FlowStore(tmp_path / "s").open(f"long@{first}")) for first in (0, 10, 20, 30, 40)] == [10, 10, 10, 10, 4]
+    store = FlowStore(tmp_path / "s")
+    assert [len(store.open(name)) for name in store.segments("long")] == [10, 10, 10, 10, 4]
 
 
 def test_an_interrupted_video_goes_on_where_it_was(tmp_path):
@@ -175,17 +175,22 @@ def test_a_long_video_is_named_where_it_is_not_cut(films, tmp_path, monkeypatch,
     assert "is long" not in capsys.readouterr().out
 
 
-def test_memory_does_not_grow_with_the_length(tmp_path):
-    """JPEGs of a whole video are held without --segment; with it those of one."""
-    held = {}
-    film(tmp_path / "v.avi", [texture(128, 128, seed % 7) for seed in range(400)])
-    settings = flow_pipeline.make_settings if hasattr(flow_pipeline, "make_settings") else None
-    assert settings is None
-    for segment in ([], SECOND):
-        most, add = [0], flow_pipeline.AviWriter.add
-        del most, add
-        held[bool(segment)] = 0
-    assert held
+def test_memory_does_not_grow_with_the_length(tmp_path, monkeypatch):
+    """With --segment no more frames are held than one has, in flow and RGB."""
+    film(tmp_path / "v.avi", moving(60, 24, 24, 1, 0))
+    held, add = [], AviWriter.add
+
+    def count(self, plane):
+        held.append(len(self.jpegs))
+        return add(self, plane)
+
+    monkeypatch.setattr(AviWriter, "add", count)
+    job = flow_pipeline.Job(tmp_path / "v.avi", str(tmp_path / "f.avi"), str(tmp_path / "r.avi"))
+    for cut, most in (({}, 59), ({"segment": 0.4}, 10)):
+        held.clear()
+        settings = flow_pipeline.Settings({**flow_methods.make_settings(short_side=0), **cut}, rgb_settings())
+        flow_pipeline.extract_video(job, settings)
+        assert max(held) == most
 
 
 def test_expand_makes_a_sample_of_each_segment(films):
