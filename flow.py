@@ -44,13 +44,13 @@ import numpy as np
 
 from support.cli import Help, command_line, say
 from support.errors import BadInput
-from support.files import atomic
 from support.flow_gpu import BATCH_PAIRS, extract_batched
+from support.flow_import import import_arguments, import_flow
 from support.flow_info import info
 from support.flow_methods import FLOW_METHODS, TVL1, choose_device, make_settings
 from support.flow_pipeline import Job, Settings, cut_short_message, extract_in_worker, long_message
 from support.flow_progress import Progress, note
-from support.stores import SEGMENT, FlowStore, RgbStore, open_store, rgb_settings
+from support.stores import SEGMENT, FlowStore, RgbStore, open_store, rgb_settings, write_list
 from support.videos import file_stat, find_videos, with_time_limit
 from support.worker_pool import cores, run_in_processes
 
@@ -261,19 +261,7 @@ def write_listing(root, i, n, skipped, cut, names, found):
             lists[other] = {kind: {k: why for k, why in messages.items() if k in found and k not in here}
                             for kind, messages in json.loads(other.read_text()).items()}
     for path, content in lists.items():
-        text = json.dumps(content, indent=1) + "\n" if any(content.values()) else None
-        with suppress(OSError, ValueError):
-            if path.read_text() == text:  # a finished store may be where nothing can be written
-                continue
-        if text:
-            with atomic(path) as tmp:
-                tmp.write_text(text)
-        elif os.path.lexists(path):
-            try:
-                path.unlink()
-            except OSError as e:
-                raise BadInput(f"{path} is outdated and can't be removed ({e.strerror}); remove it, or run again where "
-                               f"it can be written") from e
+        write_list(path, content)
     return listing
 
 
@@ -361,10 +349,13 @@ def main(argv=None):
         p.add_argument("--picture", help="picture to write, such as flow.png")
         p.add_argument("--check", action="store_true", help="read every frame, not only where each begins")
         return info(p.parse_args(argv[1:]))
+    if argv[:1] == ["import"]:
+        return import_flow(import_arguments().parse_args(argv[1:]))
     own = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     p = argparse.ArgumentParser(prog="flow.py", description="Optical flow (TV-L1) of a folder of videos.",
                                 formatter_class=Help,
-                                epilog="flow.py info STORE says what a store holds (flow.py info --help).")
+                                epilog="flow.py info STORE says what a store holds, flow.py import takes flow that "
+                                       "exists (flow.py info --help, flow.py import --help).")
     p.add_argument("--videos", required=True, help="folder of videos, searched with all below it")
     p.add_argument("--out", required=True, help="the flow store: a new folder, or one to continue")
     p.add_argument("--rgb", help="write the frames too, at training size: an RGB store, new or to continue")

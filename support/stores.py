@@ -157,6 +157,24 @@ def open_store(kind, root, settings, option="--out"):
     return store
 
 
+def write_list(path, content):
+    """Write a store's list of messages, {kind: {name: message}}; without any there is no file. A list that stands as
+    it should isn't touched: a finished store may be where nothing can be written."""
+    text = json.dumps(content, indent=1) + "\n" if any(content.values()) else None
+    with suppress(OSError, ValueError):
+        if path.read_text() == text:
+            return
+    if text:
+        with atomic(path) as tmp:
+            tmp.write_text(text)
+    elif os.path.lexists(path):
+        try:
+            path.unlink()
+        except OSError as e:
+            raise BadInput(f"{path} is outdated and can't be removed ({e.strerror}); remove it, or run again where it "
+                           f"can be written") from e
+
+
 def _remove_old_temporaries(root):
     """Remove what killed runs left; what is a day old, because other shards may be writing theirs."""
     with suppress(OSError):

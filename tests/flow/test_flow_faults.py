@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 
@@ -210,6 +211,35 @@ def test_a_full_disk_in_batches(big):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert_unharmed(big, str(caught.value))
+
+
+READ_ONLY = """mount --bind {root} {root} && mount -o remount,bind,ro {root} && ! touch {root}/x 2> /dev/null && """
+
+
+def on_a_read_only_disk(root, *arguments):
+    """flow.py where `root` can only be read -> the process that ended. Skips where no such mount can be made."""
+    begin = READ_ONLY.format(root=root)
+    if subprocess.run(["unshare", "-rm", "sh", "-c", f"{begin} true"], capture_output=True).returncode:
+        pytest.skip("no read-only mount can be made here")
+    line = shlex.join([sys.executable, str(ROOT / "flow.py"), *map(str, arguments), "--short-side", "0", *TRIAL])
+    return subprocess.run(["unshare", "-rm", "sh", "-c", begin + line], capture_output=True, text=True)
+
+
+def test_a_finished_store_can_be_looked_at_where_nothing_can_be_written(tmp_path):
+    make_set(tmp_path / "v", 1)
+    (tmp_path / "v" / "text.mp4").write_text("no film")
+    store = tmp_path / "disk" / "s"
+    assert command(tmp_path / "v", store, *TRIAL) == 0
+    arguments = ["--videos", tmp_path / "v", "--out", store, "--workers", "1"]
+    done = on_a_read_only_disk(tmp_path / "disk", *arguments)  # its list of what was skipped stands as it was
+    assert done.returncode == 0 and done.stderr == "" and "1 skipped" in done.stdout, done.stderr
+    (tmp_path / "v" / "text.mp4").unlink()
+    done = on_a_read_only_disk(tmp_path / "disk", *arguments)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert f"{store / 'skipped.json'} is outdated and can't be removed (Read-only file system)" in done.stderr
+    (store / "skipped.json").unlink()
+    done = on_a_read_only_disk(tmp_path / "disk", *arguments)
+    assert done.returncode == 0 and done.stderr == "" and "0 to do" in done.stdout, done.stderr
 
 
 def test_an_output_that_takes_nothing(five):
