@@ -78,7 +78,7 @@ def test_a_twentieth_of_the_declared_frames_may_lack(frames, short):
     assert said == (f"x.avi is cut short: {frames} of 100 frames decode" if short else None)
 
 
-# --- frames at a rate --------------------------------------------------------------------------------------------------
+# --- frames at a rate -------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def rates(tmp_path_factory):
     """Two seconds of film at 30 and at 12 frames a second, whose grey values are their times: 100 a second."""

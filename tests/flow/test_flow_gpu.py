@@ -103,6 +103,34 @@ def test_memory_that_another_job_keeps_ends_the_run(card, pool):
             pairs_of(pool, 3, side)
 
 
+def test_a_larger_video_waits_for_memory_that_other_jobs_have(card, pool, monkeypatch):
+    """Only where they do: it is skipped in the end, not as one that no GPU of this kind could take."""
+    taken, pauses = 5 * 10**9, []
+    monkeypatch.setattr(flow_gpu, "other_jobs_bytes", lambda device: taken)
+    assert len(pairs_of(pool, 3, 16).jpegs) == 3
+
+    def wait(pause):
+        pauses.append(pause)
+        card.room = 10**9 if len(pauses) == 2 else 0
+
+    card.room, pool.closing.wait = 0, wait
+    assert len(pairs_of(pool, 3, 20).jpegs) == 3 and len(pauses) == 2
+    card.room = 0
+    message = pairs_of(pool, 3, 24)
+    assert len(pauses) == 5 and "memory of cpu (24x24 px), of which other jobs have 5.0 GB: the same command" in message
+    taken = 0
+    assert "memory of cpu (24x24 px); take a smaller" in pairs_of(pool, 3, 24) and len(pauses) == 5
+
+
+def test_what_other_jobs_have_is_what_is_neither_free_nor_ours(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20 * 2**30)
+    assert flow_gpu.other_jobs_bytes(torch.device("cuda")) == 30 * 2**30
+    assert flow_gpu.other_jobs_bytes(torch.device("cpu")) == 0
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 49.5 * 2**30)
+    assert flow_gpu.other_jobs_bytes(torch.device("cuda")) == 0  # CUDA's own share of our process
+
+
 def test_a_card_without_memory_for_anything_ends_the_run(card, pool):
     """From the start on: then nothing tells films that are too large from a card that is full."""
     card.room = 99
