@@ -1,17 +1,26 @@
 """Stage 1: optical flow of a folder of videos (paper section 4: "computed using the TV-L1 algorithm [92]").
 
-In   a folder of videos, any layout below it; each is read once, made grey and resized to a short side of 256 px.
+In   a folder of videos (files, or folders of images), any layout below it; each is read once, made grey and resized to
+     a short side of 256 px.
 Out  STORE/header.json   every setting, the OpenCV version among them; a store never mixes settings
      STORE/<name>.avi    the n-1 flow fields of a video of n frames, u over v as one grey picture [2h, w] that players
                          show: clipped to +-20 px, 8 bit, 128 is 0, JPEG. <name> is the video's path without suffix
-     STORE/skipped.json  what gave no flow, or less than its file declares, and why; absent where all is well
+     STORE/skipped.json  what gave no flow, or less than its file declares, and why; absent where there is none
      RGB/...             with --rgb RGB, the n frames themselves at 190 px, from the same pass (stores.RgbStore)
 
     python flow.py --videos DIR --out STORE [--rgb RGB]        # again continues, after any interruption
     python flow.py --videos DIR --out STORE --plan             # how long it will take and how large it will be
     python flow.py --videos DIR --out STORE --shard 3/20       # the third of twenty machines
     torchrun --nproc-per-node 8 flow.py --videos DIR --out STORE      # a GPU each
+    python flow.py --videos DIR --out STORE --rgb RGB --segment 60    # hours of film: a sample of each minute
     python flow.py info STORE --videos DIR --video NAME --picture FILE.png
+    python flow.py import --from DIR --out STORE --layout denseflow   # flow that exists as JPEGs
+
+--segment SECONDS: a longer video becomes consecutive files <name>@<first frame>.avi, each written once it is done:
+memory stays that of one, and an interrupted hour goes on where it was. The pair across a cut belongs to the earlier
+file, so that all pairs are there once; the last may be shorter. --fps F: frames at F a second, by their time stamps, so
+that videos of different rates have clips of equal duration. Training then reads pictures from the RGB store, because
+frame numbers are no longer those of the video. Both are in the header.
 
 --method: tvl1, the paper's, or OpenCV's faster dis and farneback, which are other flows. --backend goca is this
 project's TV-L1 (tvl1.py, compiled), opencv is cv2.optflow's; auto takes goca where that is built and agrees with OpenCV
@@ -56,7 +65,7 @@ from support.worker_pool import cores, run_in_processes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is to be done
+# Jobs
 # ---------------------------------------------------------------------------------------------------------------------
 def finished_header(store, name, path):
     """The header of a video's file, or of its last segment, if all of it is in the store, whole (`AviReader.check`),

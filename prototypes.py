@@ -14,9 +14,9 @@ Departures from the paper, which runs SGD on Eq. 11:
 - The row maximum passes its gradient to one neighbour at a time, so SGD crawls (50,000 steps end at 0.099). Here the
   maximum is softened to a log-sum-exp of inverse temperature beta, minimised by L-BFGS, and beta doubles from
   sqrt(dim)/2 until nothing of the softness is left.
-- Where theory knows an arrangement it is written down: the circle (dim = 2), the simplex (N <= dim+1) and the orthoplex
-  (N <= 2 dim), which nothing beats, and for dim a power of two and N <= dim^2 the Z4-Kerdock code, which is kept where
-  the fit can't get below it: for 2000 x 64 it has 0.125, the fit 0.183.
+- Known arrangements are written down: the circle (dim = 2), the simplex (N <= dim+1) and the orthoplex (N <= 2 dim),
+  which nothing beats, and for dim a power of two and N <= dim^2 the Z4-Kerdock code, which is kept where the fit can't
+  get below it: for 2000 x 64 it has 0.125, the fit 0.183.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def soft_loss(W, beta):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What theory knows
+# Bounds and known arrangements
 # ---------------------------------------------------------------------------------------------------------------------
 def levenshtein_bound(num, dim):
     """No `num` unit vectors of `dim` dimensions have a maximum cosine below this.

@@ -26,7 +26,7 @@ from support.worker_pool import MAX_CONSECUTIVE_FAILURES, one_line, run_in_proce
 
 CHUNK_PAIRS = 32  # pairs that a decoder hands over at once
 BATCH_PAIRS = 256  # pairs that a GPU computes at once: 2.2 GB at 340x256, twice; fewer where memory runs out
-GROW_AFTER = 8  # batches that go well before twice as many pairs are tried again; doubled each time that fails
+GROW_AFTER = 8  # batches without failure before twice as many pairs are tried again; doubled each time that fails
 OWN_CONTEXT_BYTES = 2 ** 30  # CUDA itself takes up to about so much in each process
 RETRY_SECONDS = (2, 10, 30, 60, 120)  # seconds to wait for memory that another job took
 
@@ -98,7 +98,8 @@ class MemoryLimit:
         self.batch, self.name, self.lock = batch, name, threading.Lock()
         self.most, self.printed = math.inf, math.inf  # pixels at once; the least of these that was printed
         self.largest = 0  # pixels of a pair
-        self.well, self.patience, self.grown = 0, GROW_AFTER, False  # batches since; how many before more; was it tried
+        # batches without failure; how many before more are tried; whether more are being tried
+        self.successes, self.grow_after, self.grown = 0, GROW_AFTER, False
 
     def pairs(self, pixels):
         """Pairs of so many pixels to compute at once."""
@@ -106,23 +107,23 @@ class MemoryLimit:
             return int(max(1, min(self.batch, self.most / pixels)))
 
     def suffices(self, count, pixels):
-        """It did, for `count` pairs."""
+        """Record that memory sufficed for `count` pairs."""
         with self.lock:
             self.largest, self.most = max(self.largest, pixels), max(self.most, count * pixels)
             if count < self.batch and 2 * count * pixels > self.most:
-                self.well += 1
-                if self.well >= self.patience:
-                    self.most, self.well, self.grown = 2 * self.most, 0, True
+                self.successes += 1
+                if self.successes >= self.grow_after:
+                    self.most, self.successes, self.grown = 2 * self.most, 0, True
 
     def fails(self, count, size):
-        """It did not, for `count` > 1 pairs of `size` (h, w)."""
+        """Record that memory did not suffice for `count` > 1 pairs of `size` (h, w)."""
         pixels = math.prod(size)
         with self.lock:
             if count * pixels > self.most:  # more than another thread has learned meanwhile
                 return
             if self.grown:
-                self.patience *= 2
-            self.most, self.well, self.grown = pixels * (count // 2), 0, False
+                self.grow_after *= 2
+            self.most, self.successes, self.grown = pixels * (count // 2), 0, False
             if self.most < self.printed:
                 self.printed = self.most
                 note(f"out of memory on {self.name}: {count // 2} pairs of {size[1]}x{size[0]} px at once from "
@@ -207,7 +208,7 @@ class FlowBatches:
         parts, at, size = [], 0, frames.shape[1:]
         while at < len(firsts):
             first = firsts[at:at + self.memory.pairs(size.numel())]
-            with self.turns(1):
+            with self.device_turns(1):
                 part = self.attempt(frames, first)
             if part is None and len(first) == 1:
                 part = self.alone(frames, first)
@@ -220,8 +221,8 @@ class FlowBatches:
         return torch.cat(parts)
 
     @contextmanager
-    def turns(self, count):
-        """Be one of the threads that use the device or, with the `count` of all, the only one."""
+    def device_turns(self, count):
+        """Use the device as one of the threads or, with the `count` of all, as the only one."""
         with self.next:
             for _ in range(count):
                 self.free.acquire()
@@ -248,7 +249,7 @@ class FlowBatches:
         """A pair that memory did not suffice for, while nothing else of ours is computed; where other jobs have
         memory of the GPU, after some waiting too. Raises TooLarge; BadInput if as large a one was computed before."""
         fitted = frames.shape[1:].numel() <= self.memory.largest
-        with self.turns(self.count):
+        with self.device_turns(self.count):
             part = self.attempt(frames, first)
             for pause in RETRY_SECONDS if fitted or other_jobs_bytes(self.device) else ():
                 if part is None:

@@ -39,7 +39,8 @@ def dequantise(planes):
 
 
 def rgb_settings(short_side=190, quality=90):
-    """What decides the bytes of an RGB store -> dict for its header. 190 px: the largest frame that S3D's crops see."""
+    """The settings that determine the bytes of an RGB store -> dict for its header. 190 px: the largest frame that
+    S3D's crops see."""
     return {"short_side": short_side, "resize": "area to shrink; smaller frames stay as they are", "quality": quality,
             "opencv": cv2.__version__}
 

@@ -318,14 +318,14 @@ def test_never_writes_among_videos(five, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Real film
+# Real videos
 # ---------------------------------------------------------------------------------------------------------------------
 def clips(folder, n):
     return sorted(p for p in (folder / "videos").rglob("*") if p.suffix in VIDEO_SUFFIXES)[:n]
 
 
 @pytest.mark.parametrize("dataset", ["ucf101", "hmdb51", "kinetics400"])
-def test_real_film(dataset, real_clips, tmp_path, monkeypatch):
+def test_real_video(dataset, real_clips, tmp_path, monkeypatch):
     decode = videos.decode
     monkeypatch.setattr(flow_pipeline, "decode", lambda path, fps: itertools.islice(decode(path, fps), 3))
     for path in clips(real_clips / dataset, 3):
@@ -343,7 +343,7 @@ def test_real_film(dataset, real_clips, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dataset", ["ucf101", "hmdb51", "kinetics400"])
-def test_real_film_counts_what_decodes(dataset, real_clips, tmp_path, monkeypatch):
+def test_real_video_counts_what_decodes(dataset, real_clips, tmp_path, monkeypatch):
     """HMDB51's container declares a frame more than it has: the flow has one less than decode, and it is no fault."""
     monkeypatch.setattr(flow_pipeline, "fields", lambda frames, settings: (
         np.zeros((*b.shape, 2), np.float32) for _, b in itertools.pairwise(frames)))

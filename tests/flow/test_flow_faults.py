@@ -54,7 +54,7 @@ def mixed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_one_sentence(mixed, tmp_path, capfd, name):
+def test_one_message(mixed, tmp_path, capfd, name):
     (path,) = mixed.glob(f"{name}.*")
     with pytest.raises(BadInput, match=BAD[name]) as caught:
         extract(path, tmp_path / "flow.avi")
@@ -143,18 +143,18 @@ def test_crash_costs_one_video(five, tmp_path, workers, device):
         assert (tmp_path / "a" / f"{name}.avi").read_bytes() == (five / "store" / "a" / f"{name}.avi").read_bytes()
 
 
-def test_status_and_sentence_of_the_command(tmp_path):
+def test_status_and_message_of_the_command(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "flow.py"), "--videos", str(tmp_path), "--out",
                            str(tmp_path / "s")], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Mutated films, full disks
+# Mutated videos, full disks
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("more", [[], ["--batch", "64"]], ids=["processes", "batches"])
-def test_mutated_films_are_all_accounted_for(real_clips, tmp_path, more):
-    """Bit flips, cuts, swapped headers of real films: no crash, no hang, written + skipped = all."""
+def test_mutated_videos_are_all_accounted_for(real_clips, tmp_path, more):
+    """Bit flips, cuts, swapped headers of real videos: no crash, no hang, written + skipped = all."""
     rng = np.random.default_rng(1)
     sources = [p.read_bytes() for p in sorted((real_clips / "weizmann").rglob("*.avi"))[:3]]
     (tmp_path / "v").mkdir()
@@ -175,7 +175,7 @@ def test_mutated_films_are_all_accounted_for(real_clips, tmp_path, more):
 
 @pytest.fixture
 def big(tmp_path):
-    """A small film and one whose flow takes more than the 20 kB at which the disk is to end."""
+    """A small video and one whose flow takes more than the 20 kB at which the disk is to end."""
     film(tmp_path / "v" / "a.avi", moving(3, 24, 24, 1, 0))
     film(tmp_path / "v" / "b.avi", [texture(160, 160, seed) for seed in range(4)])
     return tmp_path
@@ -189,13 +189,13 @@ def limit_files():
 
 
 def assert_unharmed(root, message):
-    """The small film's flow is whole, nothing of the other is left."""
+    """The small video's flow is whole, nothing of the other is left."""
     assert message.startswith(f"{root / 's' / 'b.avi'} could not be written (File too large)")
     assert sorted(tree(root / "s")) == ["a.avi", "header.json"]
     assert len(FlowStore(root / "s").open("a")) == 2
 
 
-def test_a_full_disk_is_one_sentence(big):
+def test_a_full_disk_is_one_message(big):
     done = subprocess.run([sys.executable, str(ROOT / "flow.py"), "--videos", str(big / "v"), "--out", str(big / "s"),
                            "--short-side", "0", "--workers", "1", *TRIAL], capture_output=True, text=True,
                           preexec_fn=limit_files)

@@ -1,4 +1,4 @@
-"""Each flag of flow.py reaches what it names, and what decides a backend decides by what it says."""
+"""Each flag of flow.py reaches what it names, and the backend is chosen by what agrees."""
 
 import json
 from types import SimpleNamespace
@@ -78,7 +78,7 @@ def test_a_twentieth_of_the_declared_frames_may_lack(frames, short):
     assert said == (f"x.avi is cut short: {frames} of 100 frames decode" if short else None)
 
 
-# --- frames at a rate -------------------------------------------------------------------------------------------------
+# --- frames at a rate ------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def rates(tmp_path_factory):
     """Two seconds of film at 30 and at 12 frames a second, whose grey values are their times: 100 a second."""
@@ -118,7 +118,7 @@ def test_segments_last_as_long_at_any_rate(rates, tmp_path):
             assert len(names) == 4 and [len(store.open(n)) for n in names] == [count] * 3 + [count - 1]
 
 
-# --- which backend computes ------------------------------------------------------------------------------------------
+# --- backends --------------------------------------------------------------------------------------------------------
 def test_two_flows_agree_to_a_fiftieth_of_a_pixel():
     flow_of = torch.randn(1, 2, 8, 8)
     for distance, same in ((0.0, True), (0.015, True), (0.025, False)):
