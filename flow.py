@@ -235,7 +235,7 @@ def parse_shard(shard):
 def check_apart(found, videos, out, rgb):
     """Raise BadInput if a store could hold one of the videos, `found` below the folder `videos`, or be among them."""
     folders = {**({"--rgb": rgb} if rgb else {}), "--out": out, "--videos": videos}
-    places = {option: Path(folder).resolve() for option, folder in folders.items()}
+    places = {option: Path(os.path.realpath(folder)) for option, folder in folders.items()}
     for (a, folder), (b, other) in itertools.permutations(places.items(), 2):
         if folder.is_relative_to(other):
             where = f"is {b} too" if folder == other else f"is inside {b} {folders[b]}"
@@ -243,7 +243,7 @@ def check_apart(found, videos, out, rgb):
                            f"other: choose folders apart")
     for folder in {os.path.dirname(path) for path in found.values()}:
         for option in places.keys() - {"--videos"}:
-            if Path(folder).resolve().is_relative_to(places[option]):  # by a link
+            if Path(os.path.realpath(folder)).is_relative_to(places[option]):  # by a link
                 raise BadInput(f"{folder} leads into {option} {folders[option]}, where its videos could be "
                                f"replaced; choose another {option}")
 

@@ -21,6 +21,7 @@ Departures from the paper, which runs SGD on Eq. 11:
 
 import argparse
 import math
+import os
 import time
 from pathlib import Path
 
@@ -276,7 +277,7 @@ class Progress:
 
 def held(out, settings):
     """Whether `out` holds what `settings` ask for. Raises BadInput if it holds anything else or can't be written."""
-    if out.is_file():
+    if os.path.isfile(out):
         header, _ = load_arrays(out, "prototypes", "python prototypes.py --force")
         other = [f"--{k} {header.get(k)}" for k in settings if header.get(k) != settings[k]]
         if other:

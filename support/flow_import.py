@@ -177,7 +177,7 @@ def import_flow(args):
         raise BadInput(f"--from {args.source} is no folder")
     if args.workers < 1:
         raise BadInput(f"--workers takes 1 or more, not {args.workers}")
-    source, out = Path(args.source).resolve(), Path(args.out).resolve()
+    source, out = (Path(os.path.realpath(folder)) for folder in (args.source, args.out))
     if out.is_relative_to(source) or source.is_relative_to(out):
         raise BadInput(f"--out {args.out} and --from {args.source} lie in one another; choose folders apart")
     found = find_flow(args.source, args.layout)

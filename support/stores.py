@@ -88,7 +88,7 @@ class Store:
         return self.root / f"{name}.avi"
 
     def __contains__(self, name):
-        return self.path(name).is_file()
+        return os.path.isfile(self.path(name))
 
     def segments(self, name):
         """Names of the segments of a video, in order, as they were when this store was first asked for one in that
@@ -132,13 +132,15 @@ def open_store(kind, root, settings, option="--out"):
     """
     root, header = Path(root), {"kind": kind.KIND, "version": kind.VERSION, **settings}
     try:
-        inside = [p.name for p in root.iterdir() if not p.name.startswith(".tmp-")] if root.exists() else []
+        inside = [p.name for p in root.iterdir() if not p.name.startswith(".tmp-")]
+    except FileNotFoundError:
+        inside = []
     except OSError as e:
         raise BadInput(f"{option} {root} can't be used as a folder ({e.strerror}); choose another") from e
     if not inside:  # of shards that start together one writes the header, and the others are held to it
         with suppress(FileExistsError), atomic(root / "header.json", exclusive=True) as tmp:
             tmp.write_text(json.dumps(header, indent=1) + "\n")
-    elif not (root / "header.json").exists():
+    elif not os.path.lexists(root / "header.json"):
         raise BadInput(f"{option} {root} is not empty and no {kind.KIND} store ({inside[0]} is in it, header.json "
                        f"is not); choose a new or empty folder")
     until = time.monotonic() + 10  # on a file system without hard links another shard's is empty for a moment

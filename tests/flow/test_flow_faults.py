@@ -242,6 +242,18 @@ def test_a_finished_store_can_be_looked_at_where_nothing_can_be_written(tmp_path
     assert done.returncode == 0 and done.stderr == "" and "0 to do" in done.stdout, done.stderr
 
 
+def test_an_output_whose_name_no_file_can_have(five, tmp_path):
+    long, loop = tmp_path / ("x" * 300), tmp_path / "loop"
+    loop.symlink_to(loop)
+    for out in (long, loop):
+        with pytest.raises(BadInput, match=r"--out .* can't be used as a folder \((File name too|Too many)"):
+            command(five / "videos", out)
+        with pytest.raises(BadInput, match=r"--rgb .* can't be used as a folder"):
+            command(five / "videos", five / "store", "--rgb", str(out))
+    with pytest.raises(BadInput, match=r"header\.json is damaged \(.*File name too long"):
+        flow.main(["info", str(long)])
+
+
 def test_an_output_that_takes_nothing(five):
     """/proc is nobody's to write in, not even the superuser's."""
     for stores in (["/proc/flow"], [five / "store", "--rgb", "/proc/flow"]):

@@ -238,7 +238,8 @@ def test_command_refuses_what_it_cannot_write(tmp_path):
     save_arrays(tmp_path / "other.npz", "features", {}, features=np.zeros(3))
     for out, message in [(tmp_path, "is a folder"), (tmp_path / "text", "damaged or no prototypes file"),
                          (tmp_path / "features.npz", "damaged or no prototypes file"),
-                         (tmp_path / "other.npz", "holds features"), (tmp_path / "text" / "p.npz", "can't be written")]:
+                         (tmp_path / "other.npz", "holds features"), (tmp_path / "text" / "p.npz", "can't be written"),
+                         (tmp_path / ("x" * 300), "can't be written")]:
         with pytest.raises(BadInput, match=message) as e:
             prototypes.main([*SMALL, "--out", str(out)])
         assert str(out) in str(e.value) and "\n" not in str(e.value)
