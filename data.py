@@ -168,6 +168,9 @@ class TrainClips(Clips):
         self.lengths = {"long": [frames] * n_long, "short": [short_frames] * n_short}
         self.cache = {} if cache else None
 
+    def item_bytes(self):
+        return sum(map(sum, self.lengths.values())) * self.size ** 2 * 5  # RGB, u and v
+
     def _params(self, rng):
         """One crop's box and its six numbers for `augment`."""
         box = Box(1 / rng.uniform(*self.scale), rng.uniform(), rng.uniform())
@@ -226,13 +229,16 @@ class TestClips(Clips):
     protocol "goca": 3 places along the longer side x 10 times evenly spread, K = 30 (paper, section 4). "coclr":
     windows of T frames every 15 over the whole video, centre place (CoCLR, ViCC). A square is the whole short side.
     Views that coincide, as in short videos and square frames, come once, with their share of the mean as `weight` [K].
-    A video that can't be read gives {"fault": why}.
+    A video that can't be read, or takes more than `time_limit` seconds, all its views together, gives {"fault": why}.
     """
 
-    def __init__(self, videos, store, *, protocol="goca", frames=32, size=128, stride=1):
+    def __init__(self, videos, store, *, protocol="goca", frames=32, size=128, stride=1, time_limit=600):
         super().__init__(videos)
         self.store, self.frames, self.size, self.stride = store, frames, size, stride
-        self.protocol = protocol
+        self.protocol, self.time_limit = protocol, time_limit
+
+    def item_bytes(self):
+        return self.frames * self.size ** 2 * 5  # of one view; how many differ hangs on the video
 
     def starts(self, n):
         """First frames of the views of a video with n usable frames."""
@@ -244,7 +250,8 @@ class TestClips(Clips):
     def __getitem__(self, index):
         try:
             with self.reading(index):
-                return {**self._views(self.videos[index]), "index": index}
+                video = self.videos[index]
+                return {**with_time_limit(self.time_limit, video.path, self._views, video), "index": index}
         except READ_ERRORS as e:
             return {"index": index, "fault": error_message(self.videos[index], e)}
 

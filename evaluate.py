@@ -52,14 +52,17 @@ PRETRAINING = ("dataset", "split", "epochs", "global_batch", "optimizer", "lr", 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
-def labelled_videos(s, split, subset):
-    """The labelled videos of a subset -> VideoSet; those without a label count as absent."""
+def labelled_videos(env, split, subset):
+    """The labelled videos of a subset -> VideoSet; those without a label are not used. Prints its notes."""
+    s = env.s
     found = read_split(s.dataset, s.videos, s.splits, split, subset)
+    if env.rank == 0 and found.notes:
+        print(*found.notes, sep="\n")
     videos = [v for v in found.videos if v.label >= 0]
     if not videos:
         raise BadInput(f"{s.videos} has no labels, which {s.command} needs: put each class in a folder of its own")
-    bare = [f"{v.name} (of no class)" for v in found.videos if v.label < 0]
-    return found._replace(videos=videos, absent=found.absent + bare)
+    bare = [f"{v.name}: there, but of no class" for v in found.videos if v.label < 0]
+    return found._replace(videos=videos, unused=(*found.unused, *bare))
 
 
 def check_classes(train, test, classes):
@@ -88,7 +91,7 @@ def with_common_classes(train, test):
 
 def train_and_test_features(env, split):
     """Features of the training and the test list -> (train, test), None on rank > 0."""
-    lists = {subset: labelled_videos(env.s, split, subset) for subset in ("train", "test")}
+    lists = {subset: labelled_videos(env, split, subset) for subset in ("train", "test")}
     both = [load_or_extract(env.net, found, env.store, env.s, env.device, f"split{split}-{subset}", env.rank, env.world)
             for subset, found in lists.items()]
     return (None, None) if env.rank else with_common_classes(*both)
@@ -135,7 +138,7 @@ def retrieval(env, split):
 
 
 def cluster(env, split):
-    found = labelled_videos(env.s, split, "test")
+    found = labelled_videos(env, split, "test")
     test = load_or_extract(env.net, found, env.store, env.s, env.device, f"split{split}-test", env.rank, env.world)
     if env.rank:
         return None
@@ -197,9 +200,9 @@ def linear_on_features(env, split):
 def on_clips(env, split):
     """`finetune`, and `linear --on clips`."""
     s, frozen = env.s, env.s.command == "linear"
-    train, test = with_common_classes(labelled_videos(s, split, "train"), labelled_videos(s, split, "test"))
-    without = [f"{v.name} (no flow)" for v in train.videos if v.name not in env.store]
-    train = train._replace(videos=[v for v in train.videos if v.name in env.store], absent=train.absent + without)
+    train, test = with_common_classes(labelled_videos(env, split, "train"), labelled_videos(env, split, "test"))
+    without = [f"{v.name}: there, but without flow" for v in train.videos if v.name not in env.store]
+    train = train._replace(videos=[v for v in train.videos if v.name in env.store], unused=(*train.unused, *without))
     if not train.videos:
         raise BadInput(f"{s.flow} holds the flow of no training video; run: python flow.py --videos {s.videos} "
                        f"--out {s.flow}")
@@ -221,7 +224,7 @@ def on_clips(env, split):
     p = probabilities_by_view(s, predict)
     if env.rank:
         return None
-    left_out = [f"{a}: listed, but absent" for a in train.absent + test.absent] + faults
+    left_out = train.left_out() + test.left_out() + faults
     return {**classification(p, [test.videos[i] for i in seen[0]], train.classes), "left_out": left_out,
             "protocol": {"train": len(train.videos), "test": len(seen[0]), "classes": len(train.classes)}}
 

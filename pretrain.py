@@ -246,6 +246,7 @@ def train_in(device, rank, world, s):
         f"{len(found.faulty)} that do not decode, {len(found.videos) - len(videos)} without "
         f"flow{' or RGB' if s.rgb else ''}); both views of {crops_in_words(s)}; {s.workers} loader processes"
         f"{' for each process' if world > 1 else ''}\n"
+        + "".join(f"{note}\n" for note in found.notes) +
         f"{s.arch}, width {s.width:g}, {sum(p.numel() for p in core.parameters()) / 1e6:.2f} M parameters, "
         f"{'bfloat16, assignment and loss float32' if device.type == 'cuda' else 'float32'} on {world} x {kind}; "
         f"assignment and loss: {operator}\n"

@@ -181,7 +181,7 @@ def load_or_extract(net, found, store, s, device, what, rank=0, world=1):
         raise BadInput(f"none of the {len(videos)} {what} videos can be read; the first: {faults[0]}")
     return Features({v: torch.from_numpy(joined[v]) for v in net.backbones}, torch.from_numpy(joined["labels"]),
                     [videos[i] for i in joined["kept"]], found.classes,
-                    [f"{a}: listed, but absent" for a in found.absent] + faults)
+                    found.left_out() + faults)
 
 
 def _extract_all(net, videos, store, s, device, what, path, rank, world):

@@ -12,9 +12,12 @@ import signal
 from contextlib import contextmanager, suppress
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, default_convert, get_worker_info
 
-from support.errors import BadInput
+from support.errors import BadInput, Unreadable
+
+SHARED_MEMORY = "/dev/shm"  # through which processes hand over tensors; 64 MB in a container of Docker's defaults
+AHEAD = 2  # batches that each process may have ready, DataLoader's prefetch_factor
 
 
 def keep_freed_memory():
@@ -34,8 +37,48 @@ def start_worker(worker):
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
+def free_shared_memory():
+    """Bytes that are free in shared memory, or None where the system keeps it elsewhere."""
+    with suppress(OSError, AttributeError):
+        stat = os.statvfs(SHARED_MEMORY)
+        return stat.f_bavail * stat.f_frsize
+    return None
+
+
+def lack_of_shared_memory(reason):
+    """BadInput that says how to have more."""
+    return BadInput(f"too little shared memory for loader processes: {reason}. Start the container with more (docker "
+                    f"run --shm-size=8g) or with the host's (--ipc=host), or read without processes (--workers 0)")
+
+
+def share(item):
+    """Move a process's tensors to shared memory here, where an exception reaches the caller: the thread of the queue
+    that would do it later prints a traceback, and everybody waits for ever."""
+    if isinstance(item, torch.Tensor):
+        item.share_memory_()
+    elif isinstance(item, dict):
+        for value in item.values():
+            share(value)
+    elif isinstance(item, (list, tuple)):
+        for value in item:
+            share(value)
+    return item
+
+
+def collate_and_share(items):
+    """collate_fn of a batch."""
+    return share(default_collate(items)) if get_worker_info() else default_collate(items)
+
+
+def convert_and_share(item):
+    """collate_fn of a single item."""
+    return share(default_convert(item)) if get_worker_info() else default_convert(item)
+
+
 class Clips(Dataset):
     """A data set of `videos` that leaves word of which video each process has open, for `Loader`."""
+
+    time_limit = 60  # seconds that an item may take
 
     def __init__(self, videos):
         self.videos = videos
@@ -44,6 +87,10 @@ class Clips(Dataset):
 
     def __len__(self):
         return len(self.videos)
+
+    def item_bytes(self):
+        """Bytes that an item takes, at least."""
+        return 0
 
     @contextmanager
     def reading(self, index):
@@ -64,33 +111,62 @@ class Loader:
 
     clips: a `Clips`. after(done) -> the DataLoader's `sampler` or `batch_sampler`, and what belongs to it, once `done`
     of its items have come.
-    Raises RuntimeError, torch's, where processes end without a batch between them: it is then not the files.
+    Raises RuntimeError, torch's, where processes end without a batch between them: it is then not the files. Raises
+    BadInput where shared memory is too small, Unreadable where a batch takes several times what its items may take.
     """
 
     MAX_RESTARTS = 3
+    PATIENCE = 60  # seconds for a batch, beyond twice what its items may take
 
     def __init__(self, clips, after, workers, **how):
         self.clips, self.after, self.workers, self.how = clips, after, workers, how
 
+    def _dataloader(self, done):
+        choice = self.after(done)
+        batch = len(next(iter(choice["batch_sampler"]), ())) if "batch_sampler" in choice else choice["batch_size"]
+        how = {"collate_fn": convert_and_share if batch is None else collate_and_share, **choice, **self.how}
+        if self.workers:
+            self._check_shared_memory(batch or 1)
+            how |= {"prefetch_factor": AHEAD, "timeout": 2 * self.clips.time_limit * (batch or 1) + self.PATIENCE}
+        return DataLoader(self.clips, num_workers=self.workers, worker_init_fn=start_worker, **how)
+
+    def _check_shared_memory(self, batch):
+        free, each = free_shared_memory(), batch * self.clips.item_bytes()
+        if free is not None and AHEAD * self.workers * each > free:
+            fit = free // (AHEAD * each)
+            raise lack_of_shared_memory(
+                f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, but each of {self.workers} has up to {AHEAD} batches "
+                f"of {each / 1e6:.0f} MB ready{f' (--workers {fit} would fit)' if fit else ''}")
+
     def __iter__(self):
         done = ends = 0
         while True:
-            self.clips.opened = torch.zeros(self.workers, 2, dtype=torch.int64).share_memory_()
-            items = iter(DataLoader(self.clips, **self.after(done), num_workers=self.workers,
-                                    worker_init_fn=start_worker, **self.how))
-            with suppress(ValueError):  # of another thread than the main one
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in whatever is being done
+            self.clips.opened = torch.zeros(self.workers, 2, dtype=torch.int64)
             try:
+                if self.workers:
+                    self.clips.opened.share_memory_()
+                items = iter(self._dataloader(done))
+                with suppress(ValueError):  # of another thread than the main one
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in whatever is being done
                 for item in items:
                     yield item
                     done, ends = done + 1, 0
                 return
             except RuntimeError as e:
-                processes = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(e))
                 ends += 1
-                if not processes or ends > self.MAX_RESTARTS:
-                    raise
-                for process, index in self.clips.opened.tolist():
-                    if str(process) in processes[1].split(", "):
-                        self.clips.ended[index] = (f"{self.clips.videos[index].path} ended the process that read it; "
-                                                   f"convert it, or see whether memory ran out")
+                self._explain(e, ends)
+
+    def _explain(self, error, ends):
+        """Leave word of the videos that ended their processes, `ends` times in a row, or raise what it was instead."""
+        processes = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+        if not processes or ends > self.MAX_RESTARTS:
+            if "shared memory" in str(error):  # torch's words, in the last line of a process's traceback
+                raise lack_of_shared_memory(str(error).strip().splitlines()[-1]) from error
+            if "DataLoader timed out" in str(error):
+                raise Unreadable(f"loader processes gave nothing ({error}); see whether the disk of the videos is "
+                                 f"well") from error
+            raise error
+        for process, index in self.clips.opened.tolist():
+            if str(process) in processes[1].split(", "):
+                self.clips.ended[index] = (f"{self.clips.videos[index].path} ended the process that read it; "
+                                           f"convert it, or see whether memory ran out")

@@ -188,9 +188,9 @@ def with_time_limit(seconds, path, function, *args):
 class Found(dict):
     """{name: path} of the videos below a folder, and what of it is no video."""
 
-    def __init__(self, videos, folders, passed_over, example):
+    def __init__(self, root, videos, folders, passed_over, example):
         super().__init__(sorted(videos.items()))
-        self.folders, self.passed_over, self.example = folders, passed_over, example
+        self.root, self.folders, self.passed_over, self.example = root, folders, passed_over, example
 
     def notes(self):
         """Messages: folders of images among them, and files that were passed over."""
@@ -249,4 +249,4 @@ def find_videos(root):
     if not found:
         raise BadInput(f"{root} holds no video ({', '.join(sorted(VIDEO_SUFFIXES))}) and no folder of images"
                        f"{f'; {_passed_over(passed_over, example)}' if passed_over else ''}")
-    return Found(found, folders, passed_over, example)
+    return Found(root, found, folders, passed_over, example)

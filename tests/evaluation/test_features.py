@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,9 +148,9 @@ def test_videos_of_no_class_are_left_out(tiny, tmp_path, extracted):
         path.symlink_to(films[k])
     out = result(tiny, tmp_path, "retrieval", *UNTRAINED, "--dataset", "folder", "--videos", str(tmp_path / "videos"))
     assert extracted == [4, 4] and (out["protocol"]["gallery"], out["protocol"]["queries"]) == (4, 4)
-    assert out["protocol"]["left_out"] == 2 and all("bare (of no class)" in line for line in out["left_out"])
+    assert out["protocol"]["left_out"] == 2 and all("bare: there, but of no class" in line for line in out["left_out"])
     assert all(v["label"] >= 0 for v in out["gallery"] + out["queries"])
     s = evaluate.arguments(["retrieval", *tiny.common(), *UNTRAINED, "--dataset", "folder"])
     s.videos = str(tmp_path / "videos" / "train" / "a")
     with pytest.raises(BadInput, match="has no labels, which retrieval needs"):
-        evaluate.labelled_videos(s, 1, "train")
+        evaluate.labelled_videos(SimpleNamespace(s=s, rank=0), 1, "train")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,14 +141,34 @@ def test_odd_sizes(tmp_path, short_side, size):
 
 
 def test_size_changes(tmp_path):
-    """Two recordings joined to one stream: OpenCV would squeeze the second into the size of the first."""
-    sizes = [[np.stack([f] * 3, axis=-1) for f in moving(6, *size, 1, 0)] for size in ((32, 48), (48, 32))]
-    path = tmp_path / "v" / "odd.ts"
-    path.parent.mkdir()
-    path.write_bytes(b"".join(encode(frames, "mpegts") for frames in sizes))
-    with pytest.raises(BadInput, match=r"odd\.ts changes its size from 48x32 to 32x48"):
-        extract(path, tmp_path / "flow.avi")
-    assert not (tmp_path / "flow.avi").exists()
+    wide, high = ([np.dstack([f] * 3) for f in moving(4, h, w, 1, 0)] for h, w in ((48, 64), (64, 48)))
+    joined = encode(wide, "mpegts") + encode(high, "mpegts")
+    (tmp_path / "joined.ts").write_bytes(joined)
+    with pytest.raises(BadInput, match=r"joined\.ts changes its size from 64x48 to 48x64"):
+        extract(tmp_path / "joined.ts", tmp_path / "flow.avi")
+    assert [p.name for p in tmp_path.iterdir()] == ["joined.ts"]
+
+
+def test_a_folder_of_images_is_extracted_as_a_video(tmp_path):
+    folder = tmp_path / "v" / "run" / "one"
+    folder.mkdir(parents=True)
+    for t, frame in enumerate(moving(5, 48, 64, 2, -1)):
+        cv2.imwrite(str(folder / f"{t + 1:05d}.png"), frame)
+    assert command(tmp_path / "v", tmp_path / "s") == 0
+    reader = FlowStore(tmp_path / "s").open("run/one")
+    assert len(reader) == 4 and reader.header["source_frames"] == 5 and reader.header["source_size"] == [64, 48]
+    field = dequantise(reader.read([1])[0])
+    assert abs(np.median(field[:48]) - 2) < 0.15 and abs(np.median(field[48:]) + 1) < 0.15
+    assert not missing(tmp_path)  # nothing is left to do
+    shutil.copy(folder / "00005.png", folder / "00006.png")
+    assert missing(tmp_path) == {"run/one"}  # one more image: another video
+
+
+def missing(root):
+    """Names of the videos below root/v whose flow in root/s is not there or of another video."""
+    jobs, _ = flow.missing_jobs(find_videos(root / "v"), [FlowStore(root / "s"), None], (root / "s", None),
+                                flow.Remarks(False))
+    return set(jobs)
 
 
 def test_missing_optflow(tmp_path, monkeypatch):

@@ -1,0 +1,122 @@
+"""Little shared memory, as in a container of Docker's defaults, and processes that fall silent: an error message, and
+never a wait without limit."""
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers.clips import film, numbered
+from helpers.paths import ROOT
+
+import data
+from support.avi import write_avi
+from support.datasets import read_split
+from support.errors import Unreadable
+from support.loader import Clips, Loader
+from support.stores import FlowStore
+from support.videos import frames_at
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+import data
+from support.cli import command_line
+from support.datasets import read_split
+from support.loader import Loader
+from support.stores import FlowStore
+
+def main():
+    videos, store = read_split("folder", {films!r}).videos, FlowStore({flow!r})
+    loader = {loader}
+    print("batches:", sum(1 for _ in loader))
+    return 0
+
+if __name__ == "__main__":
+    command_line(main)
+"""
+TRAINING = ("Loader(data.TrainClips(videos, store, frames=8, n_short=0, size=112), "
+            "data.EpochBatches(6, {batch}, 1).after, {workers})")
+TESTING = ("Loader(data.TestClips(videos, store, frames=6, size=112), "
+           "lambda done: {{'sampler': range(done, 6), 'batch_size': None}}, {workers})")
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """Six films of 16 frames with their flow."""
+    root = tmp_path_factory.mktemp("films")
+    (root / "flow").mkdir()
+    (root / "flow" / "header.json").write_text(json.dumps({"kind": "flow", "version": 1}))
+    for name in "abcdef":
+        film(root / "films" / f"{name}.avi", numbered(16))
+        write_avi(root / "flow" / f"{name}.avi", np.full((15, 48, 32), 128, np.uint8), {})
+    return root
+
+
+@pytest.fixture
+def run_in(films, tmp_path):
+    """run(size, loader) runs `loader` where /dev/shm has that size -> CompletedProcess."""
+    def run(size, loader):
+        script = tmp_path / "script.py"
+        script.write_text(SCRIPT.format(root=str(ROOT), films=str(films / "films"), flow=str(films / "flow"),
+                                        loader=loader))
+        inside = f"mount -t tmpfs -o size={size} tmpfs /dev/shm && exec {sys.executable} {script}"
+        return subprocess.run(["unshare", "-m", "sh", "-c", inside], capture_output=True, text=True, timeout=240)
+    try:
+        subprocess.run(["unshare", "-m", "sh", "-c", "mount -t tmpfs -o size=1m tmpfs /dev/shm"], check=True,
+                       capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as e:
+        pytest.skip(f"no file system may be mounted here ({e})")
+    return run
+
+
+def test_training_looks_at_shared_memory_beforehand(run_in):
+    # a batch of 2: 2 x 2 clips x 8 frames x 112^2 x 5 bytes = 2.0 MB; two ahead of each process
+    done = run_in("8m", TRAINING.format(batch=2, workers=3))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "/dev/shm has 8 MB free, but each of 3 has up to 2 batches of 2 MB ready" in done.stderr
+    for words in ("(--workers 2 would fit)", "--shm-size", "--ipc=host", "--workers 0"):
+        assert words in done.stderr
+    for workers in (0, 2):
+        done = run_in("8m", TRAINING.format(batch=2, workers=workers))
+        assert done.stdout == "batches: 3\n", done.stderr
+
+
+def test_evaluation_in_little_shared_memory_is_an_error_message(run_in):
+    # 30 views x 6 frames x 112^2 x 5 bytes = 11 MB
+    done = run_in("8m", TESTING.format(workers=1))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "No space left on device" in done.stderr and "--shm-size" in done.stderr  # torch's reason, whole
+    assert run_in("8m", TESTING.format(workers=0)).stdout == "batches: 6\n"
+    assert run_in("64m", TESTING.format(workers=1)).stdout == "batches: 6\n"
+
+
+class Silent(Clips):
+    """Its third item never comes."""
+    time_limit = 0.1
+
+    def __getitem__(self, index):
+        time.sleep(600 if index == 2 else 0)
+        return torch.tensor(index)
+
+
+@pytest.mark.parametrize("choice", [{"batch_size": 1, "shuffle": False}, {"batch_size": None}])
+def test_processes_that_fall_silent_are_given_up(monkeypatch, choice):
+    monkeypatch.setattr(Loader, "PATIENCE", 3)
+    got, start = [], time.monotonic()
+    with pytest.raises(Unreadable, match=r"loader processes gave nothing \(DataLoader timed out after 3\.2 seconds"):
+        for item in Loader(Silent(list("abcdef")), lambda done: choice, 1):
+            got.append(int(item))
+    assert got == [0, 1] and time.monotonic() - start < 60
+
+
+def test_a_film_that_stalls_in_evaluation_is_a_fault(films, monkeypatch):
+    found = read_split("folder", films / "films").videos
+    monkeypatch.setattr(data, "frames_at",
+                        lambda path, t: time.sleep(9) if "b.avi" in str(path) else frames_at(path, t))
+    clips = data.TestClips(found, FlowStore(films / "flow"), frames=4, size=16, time_limit=0.5)
+    assert clips[1] == {"index": 1, "fault": f"{found[1].path} gave nothing for 0.5 s; see whether its disk is well"}
+    assert clips[0]["index"] == 0 and "fault" not in clips[0]
