@@ -87,7 +87,7 @@ def soft_loss(W, beta):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bounds and known arrangements
+# Bounds
 # ---------------------------------------------------------------------------------------------------------------------
 def levenshtein_bound(num, dim):
     """No `num` unit vectors of `dim` dimensions have a maximum cosine below this.
