@@ -14,13 +14,14 @@ Departures from the paper, which runs SGD on Eq. 11:
 - The row maximum passes its gradient to one neighbour at a time, so SGD crawls (50,000 steps end at 0.099). Here the
   maximum is softened to a log-sum-exp of inverse temperature beta, minimised by L-BFGS, and beta doubles from
   sqrt(dim)/2 until nothing of the softness is left.
-- Where theory knows an arrangement it is written down: the circle (dim = 2), the simplex (N <= dim+1) and the orthoplex
-  (N <= 2 dim), which nothing beats, and for dim a power of two and N <= dim^2 the Z4-Kerdock code, which is kept where
-  the fit can't get below it: for 2000 x 64 it has 0.125, the fit 0.183.
+- Known arrangements are written down: the circle (dim = 2), the simplex (N <= dim+1) and the orthoplex (N <= 2 dim),
+  which nothing beats, and for dim a power of two and N <= dim^2 the Z4-Kerdock code, which is kept where the fit can't
+  get below it: for 2000 x 64 it has 0.125, the fit 0.183.
 """
 
 import argparse
 import math
+import os
 import time
 from pathlib import Path
 
@@ -276,7 +277,7 @@ class Progress:
 
 def held(out, settings):
     """Whether `out` holds what `settings` ask for. Raises BadInput if it holds anything else or can't be written."""
-    if out.is_file():
+    if os.path.isfile(out):
         header, _ = load_arrays(out, "prototypes", "python prototypes.py --force")
         other = [f"--{k} {header.get(k)}" for k in settings if header.get(k) != settings[k]]
         if other:

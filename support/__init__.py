@@ -17,7 +17,10 @@ Optical flow (stage 1)
     flow_methods    TV-L1, DIS, Farneback and their parameters; which backend and device
     flow_pipeline   one video from file to store
     flow_gpu        many videos at once on a GPU
+    flow_progress   how far it is, how long it will take, how large the stores will be
     flow_info       what a store holds, and a picture of a field
+    flow_import     flow that another program left as JPEGs
+    segments        long videos that were cut: a sample of each piece
 Training (stage 3)
     training_flags  the flags of pretrain.py
     run             the one training loop: logging, signals, saving, stopping around a step

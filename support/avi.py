@@ -55,7 +55,8 @@ class AviWriter:
         index[:, 1], index[:, 2], index[:, 3] = 0x10, 4 + np.cumsum(held) - held, sizes
         movi, whole = 4 + int(held.sum()), 4 + len(lists) + 8 + 4 + int(held.sum()) + 8 + index.nbytes
         if whole >= 2 ** 32:
-            raise BadInput(f"{path} would pass the 4 GB of an AVI file; cut the video into shorter ones")
+            raise BadInput(f"{path} would pass the 4 GB of an AVI file; cut the video into shorter ones (flow.py "
+                           f"--segment 60)")
         with atomic(path) as tmp, open(tmp, "wb") as f:
             f.write(b"RIFF" + struct.pack("<I", whole) + b"AVI " + lists + b"LIST" + struct.pack("<I", movi) + b"movi")
             f.writelines(_chunk(b"00dc", jpeg) for jpeg in self.jpegs)

@@ -59,11 +59,13 @@ def _link(source, path):
 def check_writable(path, option):
     """Before long work: raise BadInput if it could not write its result, the file `path` of `option`, in the end."""
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, False for a name that no file can have
         raise BadInput(f"{option} {path} is a folder; give the name of a file in it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
+        with suppress(FileNotFoundError):
+            os.lstat(path)  # its name may be one that no file can have
     except OSError as e:
         raise BadInput(f"{option} {path} can't be written ({e.strerror}); choose a folder that can") from e
 
@@ -83,7 +85,7 @@ def load_arrays(path, kind, made_by):
 
     Raises BadInput, with the command that makes the file, where it is missing, damaged or of another kind.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise BadInput(f"{path} doesn't exist; make it with: {made_by}")
     try:
         with np.load(path, allow_pickle=False) as f:

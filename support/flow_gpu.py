@@ -11,41 +11,74 @@ import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from support.avi import AviWriter
-from support.cli import say
 from support.errors import BadInput
 from support.flow_methods import make_solver
-from support.flow_pipeline import cut_short_message, expected_pairs, grey_frames
+from support.flow_pipeline import Count, grey_frames, segments
+from support.flow_progress import note
 from support.stores import quantise_on_device
 from support.worker_pool import MAX_CONSECUTIVE_FAILURES, one_line, run_in_processes
 
 CHUNK_PAIRS = 32  # pairs that a decoder hands over at once
-BATCH_PAIRS = 256  # pairs that a card computes at once: 2.2 GB at 340x256, twice; fewer where memory runs out
-GROW_AFTER = 8  # batches that go well before twice as many pairs are tried again; doubled each time that fails
+BATCH_PAIRS = 256  # pairs that a GPU computes at once: 2.2 GB at 340x256, twice; fewer where memory runs out
+GROW_AFTER = 8  # batches without failure before twice as many pairs are tried again; doubled each time that fails
+OWN_CONTEXT_BYTES = 2 ** 30  # CUDA itself takes up to about so much in each process
 RETRY_SECONDS = (2, 10, 30, 60, 120)  # seconds to wait for memory that another job took
 
 
-def decode_chunks(job, settings, report):
-    """Work of `run_in_processes`: tells (grey frames uint8 [T, h, w] or None, T pairs or T-1, pairs expected, bytes
-    of RGB), each chunk beginning with the last frame of the one before -> the header of the video's files."""
-    about, chunk, rgb_sizes = {}, [], []
+class Chunk(NamedTuple):
+    """Consecutive frames that a decoder hands over; each chunk begins with the last frame of the one before."""
+    frames: np.ndarray | None  # grey, uint8 [T, h, w]; None where their flow is there
+    pairs: int  # T - 1; 0 where nothing is made of them
+    expected: int  # pairs of the video
+    rgb: int  # bytes written of its RGB since the last chunk
 
-    def hand_over():
-        report(np.stack(chunk) if job.flow else None, len(chunk) - 1, expected_pairs(about), sum(rgb_sizes))
+
+class FlowFile(NamedTuple):
+    """All chunks of this file of flow were handed over."""
+    path: str
+    header: dict
+
+
+def decode_chunks(job, settings, report):
+    """Work of `run_in_processes`: reports each Chunk, and after those of a file the FlowFile -> the header of the
+    video's last file."""
+    about, rgb_sizes, count = {}, [], Count(job)
+
+    def hand_over(segment, chunk):
+        made = segment.flow or segment.rgb
+        report(Chunk(np.stack(chunk) if segment.flow else None, len(chunk) - 1 if made else 0, count.expected(about),
+                     sum(rgb_sizes)))
         rgb_sizes.clear()
 
-    for frame in grey_frames(job, settings, about, rgb_sizes):
-        chunk.append(frame)
-        if len(chunk) > CHUNK_PAIRS:
-            hand_over()
-            del chunk[:-1]
-    if len(chunk) > 1:
-        hand_over()
+    for segment in segments(job, settings, about):
+        chunk = []
+        for frame in grey_frames(segment, settings, rgb_sizes):
+            chunk.append(frame)
+            if len(chunk) > CHUNK_PAIRS:
+                hand_over(segment, chunk)
+                del chunk[:-1]
+        if len(chunk) > 1:
+            hand_over(segment, chunk)
+        if segment.flow:
+            path, _, header = segment.outputs()
+            report(FlowFile(path, header))
+        count.there += segment.there * (segment.count - 1)
     return about
+
+
+class FileProgress:
+    """A file of flow under way in `extract_batched`: a video's, or a segment's of a long one."""
+
+    def __init__(self, video):
+        self.video = video
+        self.chunks, self.encoded = 0, []  # chunks that were decoded; AviWriters of those that are encoded
+        self.output = None  # FlowFile, once all are decoded
 
 
 class VideoProgress:
@@ -53,18 +86,20 @@ class VideoProgress:
 
     def __init__(self, name):
         self.name, self.dropped = name, False
-        self.chunks, self.encoded = 0, []  # chunks that were decoded; AviWriters of those that are encoded
-        self.expected, self.rgb, self.about = 0, 0, None  # pairs; bytes of RGB not yet told; header, once decoded
+        self.file, self.unwritten = FileProgress(self), 0  # the file that is decoded; files decoded but not written
+        self.expected, self.rgb = 0, 0  # pairs; bytes of RGB not yet reported
+        self.about = None  # header of its last file, once decoded
 
 
 class MemoryLimit:
-    """How much a card takes at once, in pixels of one frame of each pair: learned from what fails, and tried again."""
+    """How much a GPU takes at once, in pixels of one frame of each pair: learned from what fails, and tried again."""
 
     def __init__(self, batch, name):
         self.batch, self.name, self.lock = batch, name, threading.Lock()
         self.most, self.printed = math.inf, math.inf  # pixels at once; the least of these that was printed
         self.largest = 0  # pixels of a pair
-        self.well, self.patience, self.grown = 0, GROW_AFTER, False  # batches since; how many before more; was it tried
+        # batches without failure; how many before more are tried; whether more are being tried
+        self.successes, self.grow_after, self.grown = 0, GROW_AFTER, False
 
     def pairs(self, pixels):
         """Pairs of so many pixels to compute at once."""
@@ -72,31 +107,40 @@ class MemoryLimit:
             return int(max(1, min(self.batch, self.most / pixels)))
 
     def suffices(self, count, pixels):
-        """It did, for `count` pairs."""
+        """Record that memory sufficed for `count` pairs."""
         with self.lock:
             self.largest, self.most = max(self.largest, pixels), max(self.most, count * pixels)
             if count < self.batch and 2 * count * pixels > self.most:
-                self.well += 1
-                if self.well >= self.patience:
-                    self.most, self.well, self.grown = 2 * self.most, 0, True
+                self.successes += 1
+                if self.successes >= self.grow_after:
+                    self.most, self.successes, self.grown = 2 * self.most, 0, True
 
     def fails(self, count, size):
-        """It did not, for `count` > 1 pairs of `size` (h, w)."""
+        """Record that memory did not suffice for `count` > 1 pairs of `size` (h, w)."""
         pixels = math.prod(size)
         with self.lock:
             if count * pixels > self.most:  # more than another thread has learned meanwhile
                 return
             if self.grown:
-                self.patience *= 2
-            self.most, self.well, self.grown = pixels * (count // 2), 0, False
+                self.grow_after *= 2
+            self.most, self.successes, self.grown = pixels * (count // 2), 0, False
             if self.most < self.printed:
                 self.printed = self.most
-                say(f"\nout of memory on {self.name}: {count // 2} pairs of {size[1]}x{size[0]} px at once from "
-                    f"here on, more where that goes well")
+                note(f"out of memory on {self.name}: {count // 2} pairs of {size[1]}x{size[0]} px at once from "
+                     f"here on, more where that goes well")
 
 
 class TooLarge(Exception):
-    """A single pair does not fit in memory, though nothing else is there."""
+    """A single pair does not fit in memory, though nothing else of ours is there; says what other jobs have."""
+
+
+def other_jobs_bytes(device):
+    """Memory of a GPU that other processes have, as far as that exceeds what any process takes for itself."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    taken = total - free - torch.cuda.memory_reserved(device)
+    return taken if taken > OWN_CONTEXT_BYTES else 0
 
 
 class FlowBatches:
@@ -107,25 +151,25 @@ class FlowBatches:
         self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self.memory, self.closing = MemoryLimit(batch, self.name), threading.Event()
         self.too_large = 0  # batches in a row
-        # two on a card, each with a stream: one copies while the other computes
+        # two on a GPU, each with a stream: one copies while the other computes
         self.count = 2 if device.type == "cuda" else 1
         self.solvers, self.encoders = ThreadPoolExecutor(self.count), ThreadPoolExecutor(threads)
         self.next, self.free = threading.Lock(), threading.Semaphore(self.count)
         self.under_way, self.streams = deque(), threading.local()
 
     def put(self, chunks):
-        """chunks: [(film, frames uint8 [T, h, w])] of one size."""
+        """chunks: [(FileProgress, frames uint8 [T, h, w])] of one size."""
         self.under_way.append((chunks, self.solvers.submit(self.compute, [frames for _, frames in chunks])))
 
     def get(self):
-        """-> [(film, AviWriter with its frames, or a message why not)] of the oldest batch."""
+        """-> [(FileProgress, AviWriter with its frames, or a message why not)] of the oldest batch."""
         chunks, future = self.under_way.popleft()
-        return [(film, piece if isinstance(piece, str) else piece.result())
-                for (film, _), piece in zip(chunks, future.result(), strict=True)]
+        return [(file, piece if isinstance(piece, str) else piece.result())
+                for (file, _), piece in zip(chunks, future.result(), strict=True)]
 
     def compute(self, chunks):
         """Chunks, uint8 [T, h, w] -> for each a future of an AviWriter with its T-1 planes, or of a message, or a
-        message. Raises BadInput after a fault of the card, or where it stays full."""
+        message. Raises BadInput after a fault of the GPU, or where it stays full."""
         frames = torch.from_numpy(np.concatenate(chunks))
         lengths = [len(chunk) for chunk in chunks]
         firsts = [at for end, n in zip(itertools.accumulate(lengths), lengths, strict=True)
@@ -140,7 +184,7 @@ class FlowBatches:
                 result = self.in_parts(frames, torch.tensor(firsts))
         except BadInput:
             raise
-        except TooLarge:
+        except TooLarge as e:
             h, w = frames.shape[1:]
             self.too_large += 1
             if self.too_large == MAX_CONSECUTIVE_FAILURES:
@@ -148,10 +192,10 @@ class FlowBatches:
                                f"({w}x{h} px); "
                                f"see whether another job has it, or take a smaller --short-side or --device cpu; "
                                f"the same command continues") from None
-            return [f"has frames too large for the memory of {self.name} ({w}x{h} px); take a smaller --short-side or "
-                    f"--device cpu"] * len(chunks)
+            return [f"has frames too large for the memory of {self.name} ({w}x{h} px){e}; take a smaller --short-side "
+                    f"or --device cpu"] * len(chunks)
         except Exception as e:
-            if self.device.type == "cuda":  # after a fault of the card nothing more can be computed there
+            if self.device.type == "cuda":  # after a fault of the GPU nothing more can be computed there
                 raise BadInput(f"{self.name} failed ({' '.join(str(e).split())}); the same command continues, "
                                f"--device cpu does without it") from e
             return [f"failed: {one_line(e)}"] * len(chunks)
@@ -164,7 +208,7 @@ class FlowBatches:
         parts, at, size = [], 0, frames.shape[1:]
         while at < len(firsts):
             first = firsts[at:at + self.memory.pairs(size.numel())]
-            with self.turns(1):
+            with self.device_turns(1):
                 part = self.attempt(frames, first)
             if part is None and len(first) == 1:
                 part = self.alone(frames, first)
@@ -177,8 +221,8 @@ class FlowBatches:
         return torch.cat(parts)
 
     @contextmanager
-    def turns(self, count):
-        """Be one of the threads that use the device or, with the `count` of all, the only one."""
+    def device_turns(self, count):
+        """Use the device as one of the threads or, with the `count` of all, as the only one."""
         with self.next:
             for _ in range(count):
                 self.free.acquire()
@@ -202,18 +246,21 @@ class FlowBatches:
         return None
 
     def alone(self, frames, first):
-        """A pair that memory did not suffice for, while nothing else is computed. Raises TooLarge; or BadInput, if as
-        large a one was computed before and waiting doesn't help: then it is another job that has the memory."""
-        with self.turns(self.count):
+        """A pair that memory did not suffice for, while nothing else of ours is computed; where other jobs have
+        memory of the GPU, after some waiting too. Raises TooLarge; BadInput if as large a one was computed before."""
+        fitted = frames.shape[1:].numel() <= self.memory.largest
+        with self.device_turns(self.count):
             part = self.attempt(frames, first)
-            if part is None and frames.shape[1:].numel() > self.memory.largest:
-                raise TooLarge
-            for pause in RETRY_SECONDS:
+            for pause in RETRY_SECONDS if fitted or other_jobs_bytes(self.device) else ():
                 if part is None:
-                    say(f"\n{self.name} is full; trying again in {pause} s")
+                    note(f"{self.name} is full; trying again in {pause} s")
                     if self.closing.wait(pause):
                         break
                     part = self.attempt(frames, first)
+        if part is None and not fitted:
+            others = other_jobs_bytes(self.device)
+            raise TooLarge(f", of which other jobs have {others / 1e9:.1f} GB: the same command tries again"
+                           if others else "")
         if part is None:
             raise BadInput(f"{self.name} is full: another job has its memory; the same command continues, once "
                            f"there is some")
@@ -229,22 +276,21 @@ class FlowBatches:
             return f"failed: {one_line(e)}"
         return writer
 
-    def write(self, job, film):
-        """Write the file of a video's flow, all of which is there -> None, or a message why not. Raises BadInput, as
-        processes do, if that is the fault of the disk: then no other can be written."""
+    def write(self, path, file):
+        """Write a file of flow, all of which is there -> None, or a message why not. path: of the video. Raises
+        BadInput, as processes do, if that is the fault of the disk: then no other can be written."""
         writer = AviWriter(self.quality)
-        for piece in film.encoded:
+        for piece in file.encoded:
             writer.size = piece.size
             writer.jpegs += piece.jpegs
         try:
-            if job.flow:
-                writer.write(job.flow, {**film.about, "device": self.name})
+            writer.write(file.output.path, {**file.output.header, "device": self.name})
         except BadInput as e:
             if isinstance(e.__cause__, OSError):
                 raise
             return str(e)
         except Exception as e:
-            return f"{job.path} failed: {one_line(e)}"
+            return f"{path} failed: {one_line(e)}"
         return None
 
     def close(self):
@@ -254,70 +300,90 @@ class FlowBatches:
 
 
 def extract_batched(jobs, settings, workers, time_limit, device, batch):
-    """As `run_in_processes` of `work`, with the flow of many videos computed together on `device`.
+    """As `run_in_processes` of `extract_in_worker`, with the flow of many videos computed together on `device`.
 
     workers: processes that decode, and threads that encode. batch: pairs at once, of frames of one size. At most a few
     batches are under way or wait for frames of their size; beyond that the decoders wait.
     Raises BadInput as `run_in_processes`, and where the device fails or stays full.
     """
-    films, waiting, writing = {}, {}, deque()  # {name: Film}, {size: [(Film, chunk)]}, (Film, future of its file)
+    videos, waiting = {}, {}  # {name: VideoProgress}, {size: [(FileProgress, chunk)]}
+    writing = deque()  # (FileProgress, future of its file)
     pool = FlowBatches(settings.flow, device, batch, workers)
 
-    def drop(film, message, kind="failed"):
-        film.dropped, film.encoded = True, []
-        return film.name, kind, message
+    def drop(video, message, kind="failed"):
+        video.dropped, video.file.encoded = True, []
+        return video.name, kind, message
+
+    def finish(video):
+        if video.about and not video.unwritten and not video.dropped:
+            yield video.name, "done", videos.pop(video.name).about
+
+    def write_if_whole(file):
+        if file.output and len(file.encoded) == file.chunks:
+            writing.append((file, pool.encoders.submit(pool.write, jobs[file.video.name].path, file)))
+
+    def take_encoded(file, piece):
+        video = file.video
+        if video.dropped:
+            return
+        if isinstance(piece, str):
+            yield drop(video, f"{jobs[video.name].path} {piece}")
+            return
+        file.encoded.append(piece)
+        yield video.name, "progress", (len(piece.jpegs), video.expected, sum(map(len, piece.jpegs)), video.rgb)
+        video.rgb = 0
+        write_if_whole(file)
+
+    def take_written(file, message):
+        file.encoded = []
+        file.video.unwritten -= 1
+        if message and not file.video.dropped:
+            yield drop(file.video, message)
+        yield from finish(file.video)
 
     def proceed(most, wait=False):
         """Take in what is ready, and wait until no more than `most` batches are under way and, if `wait`, all files
         are written."""
         while len(pool.under_way) > most or (pool.under_way and pool.under_way[0][1].done()):
-            for film, piece in pool.get():
-                if film.dropped:
-                    continue
-                if isinstance(piece, str):
-                    yield drop(film, f"{jobs[film.name].path} {piece}")
-                    continue
-                film.encoded.append(piece)
-                yield film.name, "progress", (len(piece.jpegs), film.expected, sum(map(len, piece.jpegs)), film.rgb)
-                film.rgb = 0
-                write_if_whole(film)
+            for file, piece in pool.get():
+                yield from take_encoded(file, piece)
         while writing and (wait or writing[0][1].done()):
-            film, future = writing.popleft()
-            message = future.result()
-            del films[film.name]
-            if message:
-                yield film.name, "failed", message
-            else:
-                message = None if settings.limit else cut_short_message(jobs[film.name].path, film.about)
-                yield film.name, "done", message
+            file, future = writing.popleft()
+            yield from take_written(file, future.result())
 
-    def write_if_whole(film):
-        if film.about and len(film.encoded) == film.chunks:
-            writing.append((film, pool.encoders.submit(pool.write, jobs[film.name], film)))
+    def take_decoded(video, message):
+        """A Chunk or FlowFile of a video."""
+        if isinstance(message, FlowFile):
+            file, video.file = video.file, FileProgress(video)
+            file.output = message
+            video.unwritten += 1
+            write_if_whole(file)
+            return
+        video.expected, size = message.expected, None if message.frames is None else message.frames.shape[1:]
+        video.rgb += message.rgb
+        if size is None:  # its flow is there, only RGB was made
+            yield video.name, "progress", (message.pairs, video.expected, 0, video.rgb)
+            video.rgb = 0
+            return
+        video.file.chunks += 1
+        waiting.setdefault(size, []).append((video.file, message.frames))
+        if sum(len(x) - 1 for _, x in waiting[size]) >= batch:
+            pool.put(waiting.pop(size))
+        elif sum(len(x) - 1 for chunks in waiting.values() for _, x in chunks) >= 4 * batch:
+            pool.put(waiting.pop(next(iter(waiting))))
 
     try:
         for name, kind, value in run_in_processes(decode_chunks, jobs, settings, workers, time_limit):
-            film = films.setdefault(name, VideoProgress(name))
-            if film.dropped:
+            video = videos.setdefault(name, VideoProgress(name))
+            if video.dropped:
                 pass
             elif kind in ("failed", "unavailable"):
-                yield drop(film, value, kind)
+                yield drop(video, value, kind)
             elif kind == "done":
-                film.about = value
-                write_if_whole(film)
+                video.about = value
+                yield from finish(video)
             else:
-                frames, pairs, film.expected, rgb = value
-                film.rgb += rgb
-                if frames is None:  # its flow is there, only RGB was made
-                    yield name, "progress", (pairs, film.expected, 0, film.rgb)
-                    film.rgb = 0
-                else:
-                    film.chunks += 1
-                    waiting.setdefault(frames.shape[1:], []).append((film, frames))
-                    if sum(len(x) - 1 for _, x in waiting[frames.shape[1:]]) >= batch:
-                        pool.put(waiting.pop(frames.shape[1:]))
-                    elif sum(len(x) - 1 for chunks in waiting.values() for _, x in chunks) >= 4 * batch:
-                        pool.put(waiting.pop(next(iter(waiting))))
+                yield from take_decoded(video, *value)
             yield from proceed(3)
         for chunks in waiting.values():
             pool.put(chunks)

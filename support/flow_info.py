@@ -1,6 +1,7 @@
 """python flow.py info: what a store of flow or RGB holds, and a picture of a flow field."""
 
 import json
+import os
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -11,8 +12,8 @@ import numpy as np
 from support.cli import say
 from support.errors import BadInput
 from support.files import atomic
-from support.stores import FlowStore, RgbStore, dequantise
-from support.videos import decode, find_videos
+from support.stores import SEGMENT, FlowStore, RgbStore, dequantise
+from support.videos import find_videos, frames_at
 
 
 def colours(flow, top):
@@ -38,7 +39,8 @@ def picture(store, name, video):
     wheel[np.linalg.norm(wheel, axis=-1) > top] = 0
     tiles = [colours(flow, top), colours(wheel, top)]
     if video:
-        frames = [frame for k, frame in enumerate(decode(video)) if k == t]
+        first, fps = reader.header.get("first_frame", 0), store.header.get("fps", 0)
+        frames = [frame for _, frame in frames_at(video, [first + t], fps)]
         tiles = [cv2.resize(frame, (w, h), interpolation=cv2.INTER_AREA) for frame in frames] + tiles
     say(f"{name}: flow {t} of {len(reader)}, {w}x{h} px; full colour is {top:.1f} px or more")
     return np.hstack(tiles).repeat(max(1, 256 // h), axis=0).repeat(max(1, 256 // h), axis=1)
@@ -64,25 +66,30 @@ def info(args):
         try:
             reader = store.open(name)
             reader.check(args.check)
-            planes, size = planes + len(reader), size + store.path(name).stat().st_size
+            planes, size = planes + len(reader), size + os.path.getsize(store.path(name))
             devices[reader.header.get("device", "cpu")] += 1
             if store.KIND == "flow" and k % -(-len(names) // 200) == 0:
                 magnitudes.append(np.hypot(*np.split(dequantise(reader.read([len(reader) // 2])[0]), 2)).mean())
-        except BadInput as e:
+        except (BadInput, OSError) as e:
             damaged.append(f"  {e}")
     say(*(f"{key:16} {value}" for key, value in store.header.items()))
     what = "flow fields" if store.KIND == "flow" else "frames"
-    say(f"{len(names)} videos, {planes} {what}, {size / 1e6:.1f} MB, {len(damaged)} damaged", *damaged)
+    videos = {match[1] if (match := SEGMENT.fullmatch(f"{name}.avi")) and store.header.get("segment") else name
+              for name in names}
+    files = f" in {len(names)} files" if len(videos) < len(names) else ""
+    say(f"{len(videos)} videos{files}, {planes} {what}, {size / 1e6:.1f} MB, {len(damaged)} damaged", *damaged)
     if magnitudes:
         by = ", ".join(f"{device} ({count})" for device, count in devices.items())
         say(f"mean magnitude {np.mean(magnitudes):.3f} px (middle fields of {len(magnitudes)} videos); computed "
             f"on {by}")
     found = find_videos(args.videos) if args.videos else {}
     if found:
-        missing = [f"  {name}" for name in found if name not in store]
+        missing = [f"  {name}" for name in found if name not in store and not store.segments(name)]
         say(f"{len(missing)} of the {len(found)} videos below {args.videos} have no {store.KIND}", *missing)
     if args.picture:
-        image = cv2.imencode(Path(args.picture).suffix, picture(store, args.video, found.get(args.video)))[1]
+        match = SEGMENT.fullmatch(f"{args.video}.avi")
+        video = found.get(args.video) or (match and found.get(match[1]))
+        image = cv2.imencode(Path(args.picture).suffix, picture(store, args.video, video))[1]
         with atomic(args.picture) as tmp:
             tmp.write_bytes(image)
     return 0

@@ -1,4 +1,4 @@
-"""Optical flow of pairs of frames: the methods that flow.py offers, each with all that decides its numbers.
+"""Optical flow of pairs of frames: the methods of flow.py, each with all parameters that determine its numbers.
 
 tvl1       TV-L1 [92], the paper's, with OpenCV's default parameters. Two backends that agree: this project's operator
            (tvl1.py, csrc/tvl1*; on a GPU too), and cv2.optflow.DualTVL1OpticalFlow.
@@ -30,8 +30,8 @@ DIS = {"FinestScale": 1, "PatchSize": 8, "PatchStride": 3, "GradientDescentItera
 FARNEBACK = {"NumLevels": 5, "PyrScale": 0.5, "FastPyramids": False, "WinSize": 13, "NumIters": 10, "PolyN": 5,
              "PolySigma": 1.1, "Flags": 0}
 FLOW_METHODS = {"tvl1": ("TV-L1", TVL1, lambda: cv2.optflow.DualTVL1OpticalFlow_create()),
-           "dis": ("DIS", DIS, lambda: cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)),
-           "farneback": ("Farneback", FARNEBACK, lambda: cv2.FarnebackOpticalFlow_create())}
+                "dis": ("DIS", DIS, lambda: cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)),
+                "farneback": ("Farneback", FARNEBACK, lambda: cv2.FarnebackOpticalFlow_create())}
 OURS = {"Tau": "tau", "Lambda": "lam", "Theta": "theta", "ScalesNumber": "scales", "ScaleStep": "scale_step",
         "WarpingsNumber": "warps", "Epsilon": "epsilon", "InnerIterations": "inner", "OuterIterations": "outer",
         "MedianFiltering": "median"}  # names in tvl1.py, which has no Gamma
@@ -69,7 +69,7 @@ def generated_pair():
 
 
 def same_flow(one, other):
-    """Whether two flows [P, 2, h, w] are the same to AGREE px on average."""
+    """Whether two flows [P, 2, h, w] are the same to SAME_FLOW_PX on average."""
     return float((one.cpu() - other.cpu()).norm(dim=1).mean()) < SAME_FLOW_PX
 
 
@@ -102,10 +102,10 @@ def choose_backend(backend="auto", method="tvl1", **params):
 
 
 def choose_device(wish, settings, local=0):
-    """Where flow is computed: "auto", "cpu" or "cuda", and the process's place on its machine -> (torch.device, why not
-    on a card, or None). A card is used where it gives the CPU's flow of a generated pair, to AGREE px.
+    """Where flow is computed: "auto", "cpu" or "cuda", and the process's local rank -> (torch.device, why not on a GPU,
+    or None). A GPU is used where it gives the CPU's flow of a generated pair, to SAME_FLOW_PX.
 
-    Raises BadInput if a card is asked for and can't be used.
+    Raises BadInput if a GPU is asked for and can't be used.
     """
     why = None
     if wish == "cpu":
@@ -117,7 +117,7 @@ def choose_device(wish, settings, local=0):
     elif not goca._goca.cuda:
         why = f"the extension has no CUDA kernels; build them with: {goca.BUILD}"
     elif local >= torch.cuda.device_count():
-        why = f"process {local} of this machine has no card of its own; there are {torch.cuda.device_count()}"
+        why = f"process {local} of this machine has no GPU of its own; there are {torch.cuda.device_count()}"
     else:
         device, pair, solve = torch.device("cuda", local), generated_pair(), make_solver(settings)
         try:
@@ -132,10 +132,11 @@ def choose_device(wish, settings, local=0):
 
 
 def make_settings(short_side=256, quality=95, backend="auto", method="tvl1", **params):
-    """All that decides the bytes of a store -> dict, the store's header. params: parameters of the method to change.
+    """All settings that determine the bytes of a store -> dict, the store's header. params: parameters of the method
+    to change.
 
-    The device is no setting: a GPU has the CPU's flow to AGREE px and mostly to the bit (`choose_device` checks that
-    before it takes one), so a store may be begun on one and finished on the other. Each file's own header names it.
+    The device is no setting: a GPU has the CPU's flow to SAME_FLOW_PX and mostly to the bit (`choose_device` checks
+    that before it takes one), so a store may be begun on one and finished on the other. Each file's header names it.
     Raises BadInput, with the cure, where the backend is not there.
     """
     name, defaults, _ = FLOW_METHODS[method]

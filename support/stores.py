@@ -5,6 +5,11 @@ colours. `quantise` and `dequantise` are its 8 bits.
 """
 
 import json
+import os
+import re
+import time
+from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -13,10 +18,8 @@ import torch
 
 from support.avi import AviReader
 from support.errors import BadInput
+from support.files import atomic
 
-# A frame of flow is u over v, [2h, w], one grey JPEG: JPEG and most codecs halve the chroma, so u and v are never
-# colours. The container is plain motion-JPEG AVI, which players show and which gives any frame by one seek. OpenCV's
-# own writer garbles odd widths and its reader takes 8 times as long, hence the few lines of RIFF below.
 BOUND = 20.0  # px; flow is clipped to [-BOUND, BOUND] (paper: "pre-processed as in [12,37,80]")
 
 
@@ -36,7 +39,8 @@ def dequantise(planes):
 
 
 def rgb_settings(short_side=190, quality=90):
-    """What decides the bytes of an RGB store -> dict for its header. 190 px: the largest frame that S3D's crops see."""
+    """The settings that determine the bytes of an RGB store -> dict for its header. 190 px: the largest frame that
+    S3D's crops see."""
     return {"short_side": short_side, "resize": "area to shrink; smaller frames stay as they are", "quality": quality,
             "opencv": cv2.__version__}
 
@@ -50,14 +54,23 @@ def shrink(frame, short_side):
     return cv2.resize(frame, (round(w * scale), round(h * scale)), interpolation=cv2.INTER_AREA)
 
 
+SEGMENT = re.compile(r"(.+)@(\d+)\.avi", re.DOTALL)  # file of a segment: name of its video, first frame
+
+
+def segment_file(path, first):
+    """The file of a long video's segment that begins with frame `first`, where `path` is that of a short video."""
+    return f"{os.fspath(path)[:-len('.avi')]}@{first}.avi"
+
+
 class Store:
-    """A folder with header.json (settings) and <video name>.avi. Raises BadInput, with the command that makes it, if
+    """A folder with header.json (settings) and <video name>.avi; of a long video that was cut (flow.py --segment),
+    <video name>@<first frame>.avi of each segment. Raises BadInput, with the command that makes it, if
     `root` holds no store of this kind and version."""
 
     KIND, VERSION, COMMAND = "", 1, ""
 
     def __init__(self, root):
-        self.root = Path(root)
+        self.root, self._segments = Path(root), {}
         self.command = self.COMMAND.format(root=root)
         try:
             self.header = json.loads((self.root / "header.json").read_text())
@@ -75,10 +88,23 @@ class Store:
         return self.root / f"{name}.avi"
 
     def __contains__(self, name):
-        return self.path(name).is_file()
+        return os.path.isfile(self.path(name))
+
+    def segments(self, name):
+        """Names of the segments of a video, in order, as they were when this store was first asked for one in that
+        folder; [] where it isn't cut."""
+        folder = os.path.dirname(name)
+        if folder not in self._segments:
+            found = self._segments[folder] = defaultdict(list)
+            with suppress(OSError), os.scandir(self.root / folder) as entries:
+                for entry in entries:
+                    if match := SEGMENT.fullmatch(entry.name):
+                        found[match[1]].append(int(match[2]))
+        firsts = self._segments[folder].get(os.path.basename(name), ())
+        return [f"{name}@{first}" for first in sorted(firsts)]
 
     def open(self, name):
-        """One video -> AviReader."""
+        """One video, or one segment -> AviReader."""
         try:
             return AviReader(self.path(name), self.command)
         except FileNotFoundError:
@@ -96,3 +122,66 @@ class RgbStore(Store):
     (`rgb_settings`, `shrink`). Each file's header holds source, source_bytes and source_frames as that of its flow."""
 
     KIND, COMMAND = "rgb", "python flow.py --videos DIR --out FLOW --rgb {root}"
+
+
+def open_store(kind, root, settings, option="--out"):
+    """Make the folder of a store with its header, or hold `settings` to the header that is there -> the store.
+
+    kind: FlowStore or RgbStore. Raises BadInput if the folder holds something else or was made with other
+    settings.
+    """
+    root, header = Path(root), {"kind": kind.KIND, "version": kind.VERSION, **settings}
+    try:
+        inside = [p.name for p in root.iterdir() if not p.name.startswith(".tmp-")]
+    except FileNotFoundError:
+        inside = []
+    except OSError as e:
+        raise BadInput(f"{option} {root} can't be used as a folder ({e.strerror}); choose another") from e
+    if not inside:  # of shards that start together one writes the header, and the others are held to it
+        with suppress(FileExistsError), atomic(root / "header.json", exclusive=True) as tmp:
+            tmp.write_text(json.dumps(header, indent=1) + "\n")
+    elif not os.path.lexists(root / "header.json"):
+        raise BadInput(f"{option} {root} is not empty and no {kind.KIND} store ({inside[0]} is in it, header.json "
+                       f"is not); choose a new or empty folder")
+    until = time.monotonic() + 10  # on a file system without hard links another shard's is empty for a moment
+    with suppress(OSError):  # then the store has a message
+        while (root / "header.json").stat().st_size == 0 and time.monotonic() < until:
+            time.sleep(0.05)
+    store = kind(root)
+    keys = {**header, **store.header}
+    if store.header.get("method") != header.get("method"):
+        keys = ["method"]  # all else differs then too
+    differing = [f"{key} is {store.header.get(key)} there and {header.get(key)} now"
+                 for key in keys if store.header.get(key) != header.get(key)]
+    if differing:
+        raise BadInput(f"{root} was made with other settings ({', '.join(differing)}); use those or another "
+                       f"{option}")
+    _remove_old_temporaries(root)
+    return store
+
+
+def write_list(path, content):
+    """Write a store's list of messages, {kind: {name: message}}; without any there is no file. A list that stands as
+    it should isn't touched: a finished store may be where nothing can be written."""
+    text = json.dumps(content, indent=1) + "\n" if any(content.values()) else None
+    with suppress(OSError, ValueError):
+        if path.read_text() == text:
+            return
+    if text:
+        with atomic(path) as tmp:
+            tmp.write_text(text)
+    elif os.path.lexists(path):
+        try:
+            path.unlink()
+        except OSError as e:
+            raise BadInput(f"{path} is outdated and can't be removed ({e.strerror}); remove it, or run again where it "
+                           f"can be written") from e
+
+
+def _remove_old_temporaries(root):
+    """Remove what killed runs left; what is a day old, because other shards may be writing theirs."""
+    with suppress(OSError):
+        for tmp in root.rglob(".tmp-*"):
+            with suppress(OSError):
+                if time.time() - tmp.stat().st_mtime > 86400:
+                    tmp.unlink()

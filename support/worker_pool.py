@@ -32,12 +32,12 @@ def cores():
 
 
 def one_line(e):
-    """What an exception says, in one line."""
+    """The type and message of an exception, in one line."""
     return f"{type(e).__name__} {' '.join(str(e).split())}"
 
 
 def _unavailable(path):
-    """Whether a file, or its disk, is gone: nothing that its content could bring about."""
+    """Whether a file or folder, or its disk, is gone: nothing that its content could bring about."""
     try:
         if os.path.isdir(path):  # of images
             os.listdir(path)
@@ -94,7 +94,7 @@ class _Worker:
             self.process.join(EXIT_TIMEOUT)
             raise BadInput(f"processes can't be started (exit code {self.process.exitcode}); a script that calls this "
                            f'needs `if __name__ == "__main__":` around the call') from None
-        self.since = None  # when it began to say nothing; None while its message waits here, or it has no job
+        self.since = None  # since when it has sent nothing; None while its message waits here, or it has no job
         self.taken = threading.Semaphore(0)
         self.thread = threading.Thread(target=self._receive, args=(events,), daemon=True)
         self.thread.start()
@@ -105,7 +105,7 @@ class _Worker:
                 message = self.pipe.recv()
                 self.since = None
                 events.put((self, *message))
-                self.taken.acquire()  # no more before this one is taken: decoders wait for who uses their frames
+                self.taken.acquire()  # no more before this one is taken: decoders wait until their frames are used
         self.since = None
         events.put((self, "ended", None))
 
@@ -115,12 +115,12 @@ class _Worker:
             self.pipe.send(job)
 
     def take(self, kind):
-        """Its message of this kind was looked at: it may send the next."""
+        """Its message of this kind was handled: it may send the next."""
         self.since = time.monotonic() if kind == "progress" else None
         self.taken.release()
 
     def hang_up(self):
-        """Its pipe ends, at both ends and at once, whoever is in the middle of a message."""
+        """Close its pipe at both ends at once, even in the middle of a message."""
         self.lost = True
         with suppress(OSError), socket.socket(fileno=os.dup(self.pipe.fileno())) as s:
             s.shutdown(socket.SHUT_RDWR)
@@ -152,7 +152,7 @@ def run_in_processes(function, jobs, settings, workers, time_limit):
     """Yield (name, kind, value) as things happen, until all of `jobs` are done.
 
     function: of a module, function(job, settings, report) -> result. jobs: {name: job}, job[0] the path of a file.
-    time_limit: seconds that a process may say nothing before it is stopped.
+    time_limit: seconds that a process may send nothing before it is stopped.
     kind "progress": value is what the function handed to `report`. "done": its result. "failed": why not, a message.
     "unavailable": a message, too, where the file itself can't be read now.
     Raises BadInput if a function can't write its output, where processes can't be started, or when

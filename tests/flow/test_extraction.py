@@ -26,7 +26,7 @@ from support import flow_methods, flow_pipeline, videos
 from support.avi import AviReader, write_avi
 from support.errors import BadInput
 from support.flow_methods import OURS, backends_agree, choose_backend
-from support.stores import FlowStore, dequantise
+from support.stores import FlowStore, dequantise, open_store
 from support.videos import VIDEO_SUFFIXES, find_videos
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def test_u_stands_over_v(tmp_path):
     assert len(reader) == 3 and reader.header == {**about, "device": "cpu", "frames": 3,
                                                   "crc32": reader.header["crc32"]}
     assert about == {"source": "v.avi", "source_bytes": (tmp_path / "v.avi").stat().st_size, "source_size": [64, 48],
-                     "source_declared": 4, "source_frames": 4}
+                     "source_declared": 4, "source_frames": 4, "source_fps": 25.0}
     for plane in reader.read([0, 1, 2]):
         assert plane.shape == (96, 64)
         u, v = np.split(dequantise(plane), 2)
@@ -166,7 +166,8 @@ def test_a_folder_of_images_is_extracted_as_a_video(tmp_path):
 
 def missing(root):
     """Names of the videos below root/v whose flow in root/s is not there or of another video."""
-    jobs, _, _ = flow.missing_jobs(find_videos(root / "v"), [FlowStore(root / "s"), None], (root / "s", None))
+    jobs, _ = flow.missing_jobs(find_videos(root / "v"), [FlowStore(root / "s"), None], (root / "s", None),
+                                flow.Remarks(False))
     return set(jobs)
 
 
@@ -295,7 +296,7 @@ def test_shards_that_start_together_agree(tmp_path):
         def shard(k, root=tmp_path / str(attempt), results=results, gate=gate):
             gate.wait()
             try:
-                store = flow.open_store(FlowStore, root, settings[k % 2])
+                store = open_store(FlowStore, root, settings[k % 2])
                 results.append((store.header["short_side"], k % 2 * 32))
             except BadInput as e:
                 assert "other settings" in str(e)
@@ -338,16 +339,16 @@ def test_never_writes_among_videos(five, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Real film
+# Real videos
 # ---------------------------------------------------------------------------------------------------------------------
 def clips(folder, n):
     return sorted(p for p in (folder / "videos").rglob("*") if p.suffix in VIDEO_SUFFIXES)[:n]
 
 
 @pytest.mark.parametrize("dataset", ["ucf101", "hmdb51", "kinetics400"])
-def test_real_film(dataset, real_clips, tmp_path, monkeypatch):
+def test_real_video(dataset, real_clips, tmp_path, monkeypatch):
     decode = videos.decode
-    monkeypatch.setattr(flow_pipeline, "decode", lambda path: itertools.islice(decode(path), 3))
+    monkeypatch.setattr(flow_pipeline, "decode", lambda path, fps: itertools.islice(decode(path, fps), 3))
     for path in clips(real_clips / dataset, 3):
         extract(path, tmp_path / "flow.avi", short_side=64)
         planes = AviReader(tmp_path / "flow.avi").read([0, 1])
@@ -363,7 +364,7 @@ def test_real_film(dataset, real_clips, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dataset", ["ucf101", "hmdb51", "kinetics400"])
-def test_real_film_counts_what_decodes(dataset, real_clips, tmp_path, monkeypatch):
+def test_real_video_counts_what_decodes(dataset, real_clips, tmp_path, monkeypatch):
     """HMDB51's container declares a frame more than it has: the flow has one less than decode, and it is no fault."""
     monkeypatch.setattr(flow_pipeline, "fields", lambda frames, settings: (
         np.zeros((*b.shape, 2), np.float32) for _, b in itertools.pairwise(frames)))

@@ -11,10 +11,11 @@ from helpers.flow import built, command, film, make_set, moving, tree
 
 import flow
 import goca
-from support import flow_gpu, flow_methods, flow_pipeline, videos
+from support import flow_gpu, flow_methods, flow_pipeline, flow_progress, videos
 from support.avi import AviReader
 from support.errors import BadInput
 from support.flow_info import colours
+from support.flow_progress import Progress
 from support.stores import FlowStore, RgbStore, rgb_settings
 from support.videos import find_videos
 
@@ -25,8 +26,8 @@ TRIAL = ["--warps", "1", "--epsilon", "0.1"]
 
 @pytest.fixture(scope="module")
 def films(tmp_path_factory):
-    """Films of two sizes and several lengths, one of them longer than a chunk, and two that can't be used; their stores
-    of one run in processes: root/videos, root/flow, root/rgb."""
+    """Videos of two sizes and several lengths, one of them longer than a chunk, and two that can't be used; their
+    stores of one run in processes: root/videos, root/flow, root/rgb."""
     root = tmp_path_factory.mktemp("films")
     make_set(root / "videos", 3)
     film(root / "videos" / "b" / "long.avi", moving(flow_gpu.CHUNK_PAIRS + 6, 24, 24, 1, 0))
@@ -66,7 +67,7 @@ def test_out_of_memory_halves_the_batch(films, tmp_path, monkeypatch, capsys):
         def solve(pairs):
             sizes.append(len(pairs))
             if len(pairs) > most or pairs.shape[3] > 32:
-                raise torch.OutOfMemoryError("the card is full")
+                raise torch.OutOfMemoryError("the GPU is full")
             return honest(settings)(pairs)
         return solve
 
@@ -117,8 +118,8 @@ def test_stores_of_gpu_and_cpu_are_one(films, tmp_path):
     assert ours.open(names[0]).header["device"] == "cpu"
 
 
-def test_a_card_is_taken_where_it_agrees(monkeypatch):
-    """With a stand-in for the card: what it computes, and what is missing, decides."""
+def test_a_gpu_is_taken_where_it_agrees(monkeypatch):
+    """With a stand-in for the GPU: what it computes, and what is missing, decides."""
     settings = {"method": "TV-L1", "backend": "goca"}
     choose = flow_methods.choose_device
     assert choose("cpu", settings) == (torch.device("cpu"), None)
@@ -129,21 +130,21 @@ def test_a_card_is_taken_where_it_agrees(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(goca, "_goca", SimpleNamespace(cuda=False))
     assert "has no CUDA kernels; build them with" in choose("auto", settings)[1]
     monkeypatch.setattr(goca, "_goca", SimpleNamespace(cuda=True))
-    assert "process 2 of this machine has no card" in choose("auto", settings, 2)[1]
+    assert "process 2 of this machine has no GPU" in choose("auto", settings, 2)[1]
     assert "runs on the CPU alone" in choose("auto", {**settings, "backend": "opencv"})[1]
 
     monkeypatch.setattr(flow_methods, "generated_pair", lambda: SimpleNamespace(to=lambda device: device))
-    flows = {"card": torch.zeros(1, 2, 4, 4), "cpu": torch.zeros(1, 2, 4, 4)}
+    flows = {"gpu": torch.zeros(1, 2, 4, 4), "cpu": torch.zeros(1, 2, 4, 4)}
     monkeypatch.setattr(flow_methods, "make_solver", lambda settings: lambda pairs: flows[
-        "card" if isinstance(pairs, torch.device) else "cpu"])
+        "gpu" if isinstance(pairs, torch.device) else "cpu"])
     assert choose("auto", settings, 1) == choose("cuda", settings, 1) == (torch.device("cuda", 1), None)
-    flows["card"] = flows["card"] + 0.02
-    assert choose("auto", settings) == (torch.device("cpu"), "a card gives another flow than the CPU")
-    with pytest.raises(BadInput, match="--device cuda can't be used: a card gives another flow"):
+    flows["gpu"] = flows["gpu"] + 0.02
+    assert choose("auto", settings) == (torch.device("cpu"), "a GPU gives another flow than the CPU")
+    with pytest.raises(BadInput, match="--device cuda can't be used: a GPU gives another flow"):
         choose("cuda", settings)
 
 
@@ -183,7 +184,7 @@ def test_rgb_store(films):
 def test_one_decode_for_both_and_shrunk(tmp_path, monkeypatch):
     film(tmp_path / "v.avi", moving(3, 64, 80, 1, 0))
     decode, times = videos.decode, []
-    monkeypatch.setattr(flow_pipeline, "decode", lambda path: times.append(path) or decode(path))
+    monkeypatch.setattr(flow_pipeline, "decode", lambda path, fps: times.append(path) or decode(path, fps))
     settings = flow_pipeline.Settings(flow_methods.make_settings(short_side=0), rgb_settings(short_side=32))
     flow_pipeline.extract_video(flow_pipeline.Job(tmp_path / "v.avi", tmp_path / "f.avi", tmp_path / "r.avi"), settings)
     (frame,) = AviReader(tmp_path / "r.avi").read([2])
@@ -205,7 +206,7 @@ def test_only_what_is_missing_is_made(films, tmp_path, capsys, more):
     (tmp_path / "rgb" / "a" / "v1.avi").write_bytes(b"damaged")
     capsys.readouterr()
     assert both(films, tmp_path, *more) == 0 and same(films, tmp_path)
-    assert "4 to do" in (said := capsys.readouterr().out) and "2 skipped" in said  # those are no films
+    assert "4 to do" in (said := capsys.readouterr().out) and "2 skipped" in said  # those are no videos
     assert "2 videos written (flow of 1, RGB of 1), 6 pairs" in said
     assert sum(p.stat().st_mtime_ns != before.get(p) for p in (tmp_path / "flow").rglob("*.avi")) == 1
 
@@ -259,7 +260,7 @@ def test_faster_methods(films, tmp_path, method, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("more", [[], ["--batch", "8"]], ids=["processes", "batches"])
 def test_plan(tmp_path, capsys, more):
-    """Films of one length and content: the pairs are exact and the bytes those of the run; nothing is written."""
+    """Videos of one length and content: the pairs are exact and the bytes those of the run; nothing is written."""
     for k in range(40):
         film(tmp_path / "v" / f"{k}.avi", moving(12, 24, 24, 1, 0))
     arguments = ["--rgb", str(tmp_path / "rgb"), *TRIAL, *more]
@@ -279,8 +280,8 @@ def test_plan(tmp_path, capsys, more):
 
 def test_progress(monkeypatch, capsys):
     clock = 100.0
-    monkeypatch.setattr(flow.time, "monotonic", lambda: clock)
-    progress = flow.Progress(total=10)
+    monkeypatch.setattr(flow_progress.time, "monotonic", lambda: clock)
+    progress = Progress(total=10)
     progress.add("a", 1, 30, 1000, 500)
     progress.add("a", 1, 30, 1000, 500)
     clock = 109

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 
@@ -16,7 +17,8 @@ from helpers.paths import ROOT
 import flow
 from support import flow_methods, flow_pipeline
 from support.errors import BadInput
-from support.stores import FlowStore, RgbStore
+from support.flow_progress import Progress
+from support.stores import FlowStore, RgbStore, open_store
 from support.videos import find_videos
 
 TRIAL = ["--warps", "1", "--epsilon", "0.1"]
@@ -52,7 +54,7 @@ def mixed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_one_sentence(mixed, tmp_path, capfd, name):
+def test_one_message(mixed, tmp_path, capfd, name):
     (path,) = mixed.glob(f"{name}.*")
     with pytest.raises(BadInput, match=BAD[name]) as caught:
         extract(path, tmp_path / "flow.avi")
@@ -111,7 +113,7 @@ def test_store_cannot_be_written(five, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(BadInput, match=r"--out .*file can't be used as a folder"):
         command(five / "videos", tmp_path / "file")
-    flow.open_store(FlowStore, tmp_path / "s", flow_methods.make_settings(short_side=0))
+    open_store(FlowStore, tmp_path / "s", flow_methods.make_settings(short_side=0))
     (tmp_path / "s" / "a").write_text("in the way")
     with pytest.raises(BadInput, match=r"v\d\.avi can't be written"):
         command(five / "videos", tmp_path / "s")
@@ -131,27 +133,28 @@ def test_crash_costs_one_video(five, tmp_path, workers, device):
     jobs = {name: flow_pipeline.Job(path, str(tmp_path / f"{name}.avi"), None) for name, path in found.items()}
     for name in ("a/v0", "a/v3"):
         jobs[name] = jobs[name]._replace(path=Deadly("crash.avi"))
-    progress = flow.Progress(len(jobs))
+    progress = Progress(len(jobs))
     settings = flow_pipeline.Settings(flow_methods.make_settings(short_side=0))
-    skipped, cut = flow.extract_all(jobs, settings, workers, progress, 60, device)
-    assert skipped.keys() == {"a/v0", "a/v3"} and not cut and progress.videos == 5 and progress.pairs == 9
+    remarks = flow.Remarks(settings.cuts)
+    skipped = flow.extract_all(jobs, settings, workers, progress, remarks, 60, device)
+    assert skipped.keys() == {"a/v0", "a/v3"} and not remarks.cut and progress.videos == 5 and progress.pairs == 9
     assert all(s.startswith("crash.avi ended the process that read it (exit code 7)") for s in skipped.values())
     for name in ("v1", "v2", "v4"):
         assert (tmp_path / "a" / f"{name}.avi").read_bytes() == (five / "store" / "a" / f"{name}.avi").read_bytes()
 
 
-def test_status_and_sentence_of_the_command(tmp_path):
+def test_status_and_message_of_the_command(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "flow.py"), "--videos", str(tmp_path), "--out",
                            str(tmp_path / "s")], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Mutated films, full disks
+# Mutated videos, full disks
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("more", [[], ["--batch", "64"]], ids=["processes", "batches"])
-def test_mutated_films_are_all_accounted_for(real_clips, tmp_path, more):
-    """Bit flips, cuts, swapped headers of real films: no crash, no hang, written + skipped = all."""
+def test_mutated_videos_are_all_accounted_for(real_clips, tmp_path, more):
+    """Bit flips, cuts, swapped headers of real videos: no crash, no hang, written + skipped = all."""
     rng = np.random.default_rng(1)
     sources = [p.read_bytes() for p in sorted((real_clips / "weizmann").rglob("*.avi"))[:3]]
     (tmp_path / "v").mkdir()
@@ -172,7 +175,7 @@ def test_mutated_films_are_all_accounted_for(real_clips, tmp_path, more):
 
 @pytest.fixture
 def big(tmp_path):
-    """A small film and one whose flow takes more than the 20 kB at which the disk is to end."""
+    """A small video and one whose flow takes more than the 20 kB at which the disk is to end."""
     film(tmp_path / "v" / "a.avi", moving(3, 24, 24, 1, 0))
     film(tmp_path / "v" / "b.avi", [texture(160, 160, seed) for seed in range(4)])
     return tmp_path
@@ -186,13 +189,13 @@ def limit_files():
 
 
 def assert_unharmed(root, message):
-    """The small film's flow is whole, nothing of the other is left."""
+    """The small video's flow is whole, nothing of the other is left."""
     assert message.startswith(f"{root / 's' / 'b.avi'} could not be written (File too large)")
     assert sorted(tree(root / "s")) == ["a.avi", "header.json"]
     assert len(FlowStore(root / "s").open("a")) == 2
 
 
-def test_a_full_disk_is_one_sentence(big):
+def test_a_full_disk_is_one_message(big):
     done = subprocess.run([sys.executable, str(ROOT / "flow.py"), "--videos", str(big / "v"), "--out", str(big / "s"),
                            "--short-side", "0", "--workers", "1", *TRIAL], capture_output=True, text=True,
                           preexec_fn=limit_files)
@@ -208,6 +211,47 @@ def test_a_full_disk_in_batches(big):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert_unharmed(big, str(caught.value))
+
+
+READ_ONLY = """mount --bind {root} {root} && mount -o remount,bind,ro {root} && ! touch {root}/x 2> /dev/null && """
+
+
+def on_a_read_only_disk(root, *arguments):
+    """flow.py where `root` can only be read -> the process that ended. Skips where no such mount can be made."""
+    begin = READ_ONLY.format(root=root)
+    if subprocess.run(["unshare", "-rm", "sh", "-c", f"{begin} true"], capture_output=True).returncode:
+        pytest.skip("no read-only mount can be made here")
+    line = shlex.join([sys.executable, str(ROOT / "flow.py"), *map(str, arguments), "--short-side", "0", *TRIAL])
+    return subprocess.run(["unshare", "-rm", "sh", "-c", begin + line], capture_output=True, text=True)
+
+
+def test_a_finished_store_can_be_looked_at_where_nothing_can_be_written(tmp_path):
+    make_set(tmp_path / "v", 1)
+    (tmp_path / "v" / "text.mp4").write_text("no film")
+    store = tmp_path / "disk" / "s"
+    assert command(tmp_path / "v", store, *TRIAL) == 0
+    arguments = ["--videos", tmp_path / "v", "--out", store, "--workers", "1"]
+    done = on_a_read_only_disk(tmp_path / "disk", *arguments)  # its list of what was skipped stands as it was
+    assert done.returncode == 0 and done.stderr == "" and "1 skipped" in done.stdout, done.stderr
+    (tmp_path / "v" / "text.mp4").unlink()
+    done = on_a_read_only_disk(tmp_path / "disk", *arguments)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert f"{store / 'skipped.json'} is outdated and can't be removed (Read-only file system)" in done.stderr
+    (store / "skipped.json").unlink()
+    done = on_a_read_only_disk(tmp_path / "disk", *arguments)
+    assert done.returncode == 0 and done.stderr == "" and "0 to do" in done.stdout, done.stderr
+
+
+def test_an_output_whose_name_no_file_can_have(five, tmp_path):
+    long, loop = tmp_path / ("x" * 300), tmp_path / "loop"
+    loop.symlink_to(loop)
+    for out in (long, loop):
+        with pytest.raises(BadInput, match=r"--out .* can't be used as a folder \((File name too|Too many)"):
+            command(five / "videos", out)
+        with pytest.raises(BadInput, match=r"--rgb .* can't be used as a folder"):
+            command(five / "videos", five / "store", "--rgb", str(out))
+    with pytest.raises(BadInput, match=r"header\.json is damaged \(.*File name too long"):
+        flow.main(["info", str(long)])
 
 
 def test_an_output_that_takes_nothing(five):

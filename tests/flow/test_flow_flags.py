@@ -1,4 +1,4 @@
-"""Each flag of flow.py reaches what it names, and what decides a backend decides by what it says."""
+"""Each flag of flow.py reaches what it names, and the backend is chosen by what agrees."""
 
 import json
 from types import SimpleNamespace
@@ -6,13 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.containers import encode
 from helpers.flow import built, command, film, make_set, moving
 
 import flow
 import goca
 from support import flow_gpu, flow_methods
+from support.errors import BadInput
 from support.flow_pipeline import cut_short_message
-from support.stores import FlowStore
+from support.stores import FlowStore, RgbStore
 
 TRIAL = ["--warps", "1", "--epsilon", "0.1"]
 
@@ -39,7 +41,7 @@ def test_the_time_limit_and_the_workers_reach_the_processes(films, tmp_path, mon
     monkeypatch.setattr(module, "run_in_processes", lambda *args: seen.append(args) or iter(()))
     assert command(films, tmp_path / "s", *TRIAL, *more, "--time-limit", "77", "--workers", "3") == 0
     (args,) = seen
-    assert args[place] == 77 and args[3] == 3 and args[1].keys() == {"a/v0", "a/v1"}
+    assert args[place] == 77 and args[3] == 3 and args[1].keys() == {("a/v0", 0), ("a/v1", 0)}
 
 
 @built
@@ -76,7 +78,47 @@ def test_a_twentieth_of_the_declared_frames_may_lack(frames, short):
     assert said == (f"x.avi is cut short: {frames} of 100 frames decode" if short else None)
 
 
-# --- which backend computes ------------------------------------------------------------------------------------------
+# --- frames at a rate ------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def rates(tmp_path_factory):
+    """Two seconds of film at 30 and at 12 frames a second, whose grey values are their times: 100 a second."""
+    root = tmp_path_factory.mktemp("rates")
+    for rate in (30, 12):
+        frames = [np.full((32, 32, 3), 20 + 100 * t / rate, np.uint8) for t in range(2 * rate)]
+        (root / f"{rate}.mp4").write_bytes(encode(frames, "mp4", rate=rate))
+    return root
+
+
+@pytest.mark.parametrize("more", [[], ["--batch", "8"]], ids=["processes", "batches"])
+def test_frames_come_at_the_rate_asked_for(rates, tmp_path, more):
+    """By their times: of both films 12 frames in two seconds, which show the same moments to a frame of theirs."""
+    assert command(rates, tmp_path / "s", "--rgb", str(tmp_path / "r"), *TRIAL, *more, "--fps", "6") == 0
+    flows, rgb = FlowStore(tmp_path / "s"), RgbStore(tmp_path / "r")
+    assert flows.header["fps"] == rgb.header["fps"] == 6
+    for rate in (30, 12):
+        assert len(flows.open(str(rate))) == 11
+        header = flows.open(str(rate)).header
+        assert (header["source_fps"], header["source_frames"], header["source_declared"]) == (rate, 12, 12)
+        shown = [frame.mean() for frame in rgb.open(str(rate)).frames(range(12))]
+        assert np.abs(np.array(shown) - (20 + 100 / 6 * np.arange(12))).max() <= 100 / rate + 3
+    with pytest.raises(BadInput, match=r"other settings \(fps is 6\.0 there and None now\)"):
+        command(rates, tmp_path / "s", *TRIAL)
+    with pytest.raises(BadInput, match="--fps takes 0 to 240, not -1"):
+        command(rates, tmp_path / "s", *TRIAL, "--fps", "-1")
+
+
+def test_segments_last_as_long_at_any_rate(rates, tmp_path):
+    """Half a second: 3 pairs at 6 frames a second, 15 and 6 as stored."""
+    assert command(rates, tmp_path / "s", *TRIAL, "--fps", "6", "--segment", "0.5") == 0
+    assert command(rates, tmp_path / "t", *TRIAL, "--segment", "0.5") == 0
+    for root, pairs in (("s", {"30": 3, "12": 3}), ("t", {"30": 15, "12": 6})):
+        store = FlowStore(tmp_path / root)
+        for name, count in pairs.items():
+            names = store.segments(name)
+            assert len(names) == 4 and [len(store.open(n)) for n in names] == [count] * 3 + [count - 1]
+
+
+# --- backends --------------------------------------------------------------------------------------------------------
 def test_two_flows_agree_to_a_fiftieth_of_a_pixel():
     flow_of = torch.randn(1, 2, 8, 8)
     for distance, same in ((0.0, True), (0.015, True), (0.025, False)):

@@ -1,4 +1,4 @@
-"""Stage 1 among machines that misbehave: processes that stop, disks and cards that go away, names that mislead."""
+"""Stage 1 among machines that misbehave: processes that stop, disks and GPUs that go missing, names that mislead."""
 
 import errno
 import inspect
@@ -23,7 +23,7 @@ from helpers.paths import ROOT
 import flow
 from support import flow_methods, flow_pipeline, video_index, worker_pool
 from support.errors import BadInput
-from support.stores import FlowStore
+from support.stores import FlowStore, open_store
 from support.video_index import scan
 from support.videos import decode, find_videos, frames_at
 
@@ -71,17 +71,17 @@ def test_a_message_that_stops_half_way_costs_its_video(tmp_path, monkeypatch, di
     began, events = time.monotonic(), []
     for event in worker_pool.run_in_processes(misbehave, files(tmp_path, "stop", "a", "b", "c"), None, 2, 1.5):
         events.append(event)
-    told = [value for _, kind, value in events if kind == "progress"]
+    reported = [value for _, kind, value in events if kind == "progress"]
     try:
         assert {name for name, kind, _ in events if kind == "done"} == {1, 2, 3}
         (message,) = [value for _, kind, value in events if kind == "failed"]
         assert "0.avi gave nothing for 1.5 s" in message
         assert time.monotonic() - began < 20 and not multiprocessing.active_children()
-        assert Path(f"/proc/{told[0][0]}").exists() != dies
+        assert Path(f"/proc/{reported[0][0]}").exists() != dies
     finally:
         monkeypatch.setattr(BaseProcess, "kill", kill)
         with suppress(ProcessLookupError):
-            os.kill(told[0][0], signal.SIGKILL)
+            os.kill(reported[0][0], signal.SIGKILL)
 
 
 def chatter(job, settings, report):
@@ -91,7 +91,7 @@ def chatter(job, settings, report):
 
 
 def test_no_message_is_received_before_the_last_was_taken(tmp_path):
-    """Who waits for a card makes the decoders wait, and costs them no video by --time-limit."""
+    """Waiting for a GPU makes the decoders wait, and costs no video by --time-limit."""
     events = worker_pool.run_in_processes(chatter, files(tmp_path, None), None, 1, 0.5)
     first = next(events)[2][0]
     time.sleep(1)  # twice the limit
@@ -108,7 +108,7 @@ def test_processes_killed_one_after_the_other_end_the_run(tmp_path, monkeypatch)
     assert len(list(worker_pool.run_in_processes(misbehave, files(tmp_path, *whats), None, 1, 60))) == 6
 
 
-def test_a_long_tmpdir_is_a_sentence(three, tmp_path):
+def test_a_long_tmpdir_is_a_message(three, tmp_path):
     long = tmp_path / ("x" * 100)
     long.mkdir()
     done = subprocess.run([sys.executable, str(ROOT / "flow.py"), "--videos", str(three), "--out", str(tmp_path / "s")],
@@ -121,7 +121,7 @@ def test_a_long_tmpdir_is_a_sentence(three, tmp_path):
 # Disks
 # ---------------------------------------------------------------------------------------------------------------------
 def test_videos_that_vanish_one_after_the_other_end_the_run(tmp_path):
-    """Not so those whose content is bad: they are not away."""
+    """Not so those whose content is bad: they are not unavailable."""
     jobs = files(tmp_path, *["read"] * 50)
     assert {kind for _, kind, _ in worker_pool.run_in_processes(misbehave, jobs, None, 2, 60)} == {"failed"}
     for path, _ in jobs.values():
@@ -158,7 +158,7 @@ def test_links_that_lead_nowhere_are_no_sign_of_it(three, tmp_path):
     assert len(skipped) == worker_pool.MAX_CONSECUTIVE_FAILURES + 2
 
 
-def test_a_scan_condemns_nothing_that_is_away(tmp_path, monkeypatch):
+def test_a_scan_condemns_nothing_that_is_unavailable(tmp_path, monkeypatch):
     """It is looked at again by the next, though it has not changed."""
     make_set(tmp_path / "v", 2)
     (tmp_path / "v" / "link.avi").symlink_to("nowhere")
@@ -181,7 +181,7 @@ def test_a_scan_condemns_nothing_that_is_away(tmp_path, monkeypatch):
 def test_a_disk_that_fails_within_a_file_makes_no_short_flow(three, tmp_path, monkeypatch):
     """The decoder can't report it from a file that is cut short."""
     path, frames = three / "a" / "v0.avi", list(decode(three / "a" / "v0.avi"))
-    monkeypatch.setattr(flow_pipeline, "decode", lambda path: iter(frames[:2]))
+    monkeypatch.setattr(flow_pipeline, "decode", lambda path, fps: iter(frames[:2]))
     about = extract(path, tmp_path / "cut.avi", short_side=0)
     assert about["source_frames"] == 2 and flow_pipeline.cut_short_message(path, about)
 
@@ -211,7 +211,7 @@ def test_a_store_is_begun_without_hard_links(tmp_path, monkeypatch, code):
         def shard(k, root=tmp_path / str(attempt), results=results, start=start):
             start.wait()
             with suppress(BadInput):
-                results.append(flow.open_store(FlowStore, root, {"short_side": k % 2}).header["short_side"])
+                results.append(open_store(FlowStore, root, {"short_side": k % 2}).header["short_side"])
 
         threads = [threading.Thread(target=shard, args=(k,)) for k in range(6)]
         for t in threads:
@@ -253,7 +253,7 @@ def test_what_is_damaged_within_is_made_again_and_found(three, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("more", [[], ["--rgb"]], ids=["flow", "and rgb"])
-def test_no_film_is_overwritten(tmp_path, more):
+def test_no_video_is_overwritten(tmp_path, more):
     """No store may hold, or lie in, another folder: by name or by a link."""
     make_set(tmp_path / "films" / "v", 2)
     before = tree(tmp_path)
@@ -265,7 +265,7 @@ def test_no_film_is_overwritten(tmp_path, more):
     for out, *rgb in cases:
         with pytest.raises(BadInput, match=r"--\w+ .* is (inside )?--\w+"):
             command(tmp_path / "films" / "v", tmp_path / out, *more, *(str(tmp_path / place) for place in rgb))
-    flow.open_store(FlowStore, tmp_path / "store", flow_methods.make_settings(short_side=0))
+    open_store(FlowStore, tmp_path / "store", flow_methods.make_settings(short_side=0))
     make_set(tmp_path / "store" / "mine", 1)
     (tmp_path / "films" / "v" / "mine").symlink_to(tmp_path / "store" / "mine")
     with pytest.raises(BadInput, match=r"mine/a leads into --out .*store"):
@@ -276,7 +276,7 @@ def test_no_film_is_overwritten(tmp_path, more):
 # ---------------------------------------------------------------------------------------------------------------------
 # Names and files that mislead
 # ---------------------------------------------------------------------------------------------------------------------
-def test_a_name_that_is_no_unicode_is_a_sentence(three, tmp_path):
+def test_a_name_that_is_no_unicode_is_a_message(three, tmp_path):
     """OpenCV would end the process."""
     path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.avi")
     Path(path).write_bytes((three / "a" / "v0.avi").read_bytes())
@@ -297,7 +297,7 @@ def test_lists_of_other_files_are_not_followed(three, tmp_path, head):
         next(decode(tmp_path / "list.mp4"))
 
 
-def test_a_film_named_as_a_folder_of_films(tmp_path, capsys):
+def test_a_video_named_as_a_folder_of_videos(tmp_path, capsys):
     """Its flow would be named as their folder; the folder alone is no fault."""
     make_set(tmp_path / "v" / "sub.avi", 1)
     assert command(tmp_path / "v", tmp_path / "s", *TRIAL) == 0
@@ -310,7 +310,7 @@ def test_a_film_named_as_a_folder_of_films(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is said
+# Reporting
 # ---------------------------------------------------------------------------------------------------------------------
 def test_nobody_reads_the_output(tmp_path):
     """`| head -1`: all is done and listed the same; what only prints ends."""

@@ -58,7 +58,7 @@ def test_soft_loss_tends_to_the_loss_from_above():
         assert 0 <= prototypes.soft_loss(W, beta)[0].item() - hard <= math.log(49) / beta
 
 
-# What theory knows -------------------------------------------------------------------------------------------------
+# Bounds and known arrangements ----------------------------------------------------------------------------------------
 # Codes that attain Levenshtein's bound: Cohn and Kumar, J. Amer. Math. Soc. 20 (2007), Table 1
 SHARP = [(12, 3, 5 ** -0.5), (16, 5, 1 / 5), (27, 6, 1 / 4), (56, 7, 1 / 3), (240, 8, 1 / 2), (112, 21, 1 / 9),
          (162, 21, 1 / 7), (100, 22, 1 / 11), (275, 22, 1 / 6), (891, 22, 1 / 4), (552, 23, 1 / 5), (4600, 23, 1 / 3),
@@ -238,7 +238,8 @@ def test_command_refuses_what_it_cannot_write(tmp_path):
     save_arrays(tmp_path / "other.npz", "features", {}, features=np.zeros(3))
     for out, message in [(tmp_path, "is a folder"), (tmp_path / "text", "damaged or no prototypes file"),
                          (tmp_path / "features.npz", "damaged or no prototypes file"),
-                         (tmp_path / "other.npz", "holds features"), (tmp_path / "text" / "p.npz", "can't be written")]:
+                         (tmp_path / "other.npz", "holds features"), (tmp_path / "text" / "p.npz", "can't be written"),
+                         (tmp_path / ("x" * 300), "can't be written")]:
         with pytest.raises(BadInput, match=message) as e:
             prototypes.main([*SMALL, "--out", str(out)])
         assert str(out) in str(e.value) and "\n" not in str(e.value)

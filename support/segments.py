@@ -1,0 +1,20 @@
+"""Samples of long videos: `flow.py --segment` cuts them in the stores, `expand` makes a sample of each piece."""
+
+from support.errors import BadInput
+
+
+def expand(videos, store, rgb=None, frames=True):
+    """Videos -> videos: in place of each that `store` holds in segments, one for each, NAME@FIRSTFRAME, its label kept.
+
+    store: the FlowStore, or the RgbStore where only RGB is looked at. rgb: the RgbStore, or None. frames: whether RGB
+    is looked at. Raises BadInput where frames are needed but no RGB store is there: those of a segment, and those at
+    another rate (`flow.py --fps`), can't be read from the video by their number.
+    """
+    names = {video.name: [video.name] if video.name in store else store.segments(video.name) for video in videos}
+    cut = next((video for video in videos if len(names[video.name]) > 1), None)
+    if frames and rgb is None and (cut or store.header.get("fps")):
+        what = f"{cut.name} in segments" if cut else f"frames at {store.header['fps']:g} a second"
+        raise BadInput(f"{store.root} holds {what}, whose pictures are read from an RGB store: add --rgb RGB (made "
+                       f"with python flow.py --videos DIR --out {store.root} --rgb RGB and the same --segment or "
+                       f"--fps), or take --views flow")
+    return [video._replace(name=name) for video in videos for name in names[video.name] or [video.name]]
