@@ -170,7 +170,8 @@ function fillSections() {
     place.append(card(Number(place.dataset.film), { mark: place.dataset.mark, note: place.dataset.note }));
   }
   for (const place of document.querySelectorAll("section.tab:not([hidden]) span[data-nearest]:empty")) {
-    place.append(neighbours(place.dataset.view, Number(place.dataset.nearest), Number(place.dataset.k)));
+    const { view, nearest: i, k } = place.dataset;
+    place.append(neighbours(view, Number(i), nearest(view, Number(i), Number(k))));
   }
 }
 
@@ -301,8 +302,8 @@ function hideHover() {
 // ---------------------------------------------------------------------------------------------------------------------
 // The panel: a film and its nearest
 // ---------------------------------------------------------------------------------------------------------------------
-function neighbours(view, i, k) {
-  const found = nearest(view, i, k, state.others);
+// found: of `nearest`, for film i.
+function neighbours(view, i, found) {
   const own = films[i].label;
   if (!found.length) return make("p", { class: "empty" }, "There is no other film.");
   return make(
@@ -315,69 +316,47 @@ function neighbours(view, i, k) {
   );
 }
 
-function drawPanel() {
-  const i = state.film;
+// What is known of film i.
+function aboutFilm(i) {
   const film = films[i];
-  const views = shownViews().filter(Boolean);
-  const several = views.length > 1;
-  const k = several ? Math.ceil(state.more / 2) : state.more;
-  state.near = Object.fromEntries(
-    views.map((view) => [view, nearest(view, i, k, state.others).map((found) => found.film)]),
-  );
   const facts = [
     ["", range(film)],
     ["", film.label],
     ["path", film.path === film.name ? "" : film.path],
     ["warning", film.missing && `Missing: ${film.missing}`],
   ].filter(([, text]) => text);
-  const about = make(
+  const lines = facts.map(([kind, text]) => make("p", { class: kind }, text));
+  return make(
     "div",
     { class: "about" },
     picture(i),
-    make(
-      "div",
-      {},
-      make("h2", { tabindex: -1 }, film.name),
-      ...facts.map(([kind, text]) => make("p", { class: kind }, text)),
-    ),
+    make("div", {}, make("h2", { tabindex: -1 }, film.name), ...lines),
   );
-  const lists = views.map((view) =>
-    make(
-      "section",
-      {},
-      make("h3", {}, several ? capital(title(view)) : `Nearest by ${title(view)}`),
-      neighbours(view, i, k),
-    ),
-  );
-  const more = views.some((view) => state.near[view].length === k)
-    ? make(
-        "button",
-        {
-          type: "button",
-          class: "plain",
-          onclick: () =>
-            redraw(() => {
-              state.more += 12;
-            }, ":scope > .plain"),
-        },
-        "Show more",
-      )
-    : null;
-  const close = make(
-    "button",
-    { type: "button", class: "close", "aria-label": "Close", onclick: () => choose(-1) },
-    "✕",
-  );
-  $("panel").replaceChildren(
-    ...[
-      close,
-      about,
-      viewSwitch("panel-view"),
-      othersBox(film),
-      make("div", { class: several ? "lists several" : "lists" }, ...lists),
-      more,
-    ].filter(Boolean),
-  );
+}
+
+function drawPanel() {
+  const i = state.film;
+  const views = shownViews().filter(Boolean);
+  const several = views.length > 1;
+  const k = several ? Math.ceil(state.more / 2) : state.more;
+  const found = new Map(views.map((view) => [view, nearest(view, i, k, state.others)]));
+  state.near = Object.fromEntries(views.map((view) => [view, found.get(view).map((near) => near.film)]));
+  const lists = views.map((view) => {
+    const heading = several ? capital(title(view)) : `Nearest by ${title(view)}`;
+    return make("section", {}, make("h3", {}, heading), neighbours(view, i, found.get(view)));
+  });
+  const button = (attributes, text) => make("button", { type: "button", ...attributes }, text);
+  const addMore = () => redraw(() => (state.more += 12), ":scope > .plain");
+  const more = views.some((view) => found.get(view).length === k);
+  const parts = [
+    button({ class: "close", "aria-label": "Close", onclick: () => choose(-1) }, "✕"),
+    aboutFilm(i),
+    viewSwitch("panel-view"),
+    othersBox(films[i]),
+    make("div", { class: several ? "lists several" : "lists" }, ...lists),
+    more ? button({ class: "plain", onclick: addMore }, "Show more") : null,
+  ];
+  $("panel").replaceChildren(...parts.filter(Boolean));
   checkView();
 }
 
