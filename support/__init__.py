@@ -38,4 +38,8 @@ Evaluation (stage 4)
     kmeans          k-means, all restarts as one batch
     reporting       the protocol in words, tables by view and by class
     weights         other people's weights, and exports of ours
+Use (stage 5)
+    previews        eight frames of a film as one small picture that plays
+    projection      features in two dimensions, for a map
+    page            a page of films that opens by double click; its scripts and styles are in page_assets/
 """
