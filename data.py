@@ -92,10 +92,11 @@ def open_views(video, store, rgb=None):
 def read_frames(video, flow, wanted, rgb=None):
     """Yield (t, RGB uint8 [H, W, 3] BGR, flow uint8 [2h, w], u over v) for each t of `wanted` (ascending), in one pass.
 
-    flow, rgb: of `open_views`; without rgb the video is decoded. Raises BadInput, naming the file, if one can't be read
-    or the video ends before its flow.
+    flow, rgb: of `open_views`; without rgb the video is decoded, at the rate that its flow was made at. Raises
+    BadInput, naming the file, if one can't be read or the video ends before its flow.
     """
-    source = frames_at(video.path, wanted) if rgb is None else zip(wanted, rgb.frames(wanted), strict=True)
+    source = (frames_at(video.path, wanted, flow.header.get("fps", 0)) if rgb is None
+              else zip(wanted, rgb.frames(wanted), strict=True))
     last = None
     for (t, frame), planes in zip(source, flow.frames(wanted), strict=False):
         yield t, frame, planes

@@ -9,6 +9,7 @@ import ctypes
 import os
 import re
 import signal
+import time
 from contextlib import contextmanager, suppress
 
 import torch
@@ -116,19 +117,43 @@ class Loader:
     """
 
     MAX_RESTARTS = 3
+    LOOK_EVERY = 5  # seconds
     PATIENCE = 60  # seconds for a batch, beyond twice what its items may take
 
     def __init__(self, clips, after, workers, **how):
         self.clips, self.after, self.workers, self.how = clips, after, workers, how
 
     def _dataloader(self, done):
+        """-> (DataLoader from the `done`-th item on, seconds that it may give nothing)."""
         choice = self.after(done)
         batch = len(next(iter(choice["batch_sampler"]), ())) if "batch_sampler" in choice else choice["batch_size"]
         how = {"collate_fn": convert_and_share if batch is None else collate_and_share, **choice, **self.how}
         if self.workers:
             self._check_shared_memory(batch or 1)
-            how |= {"prefetch_factor": AHEAD, "timeout": 2 * self.clips.time_limit * (batch or 1) + self.PATIENCE}
-        return DataLoader(self.clips, num_workers=self.workers, worker_init_fn=start_worker, **how)
+            how |= {"prefetch_factor": AHEAD, "timeout": self.LOOK_EVERY}
+        loader = DataLoader(self.clips, num_workers=self.workers, worker_init_fn=start_worker, **how)
+        return loader, 2 * self.clips.time_limit * (batch or 1) + self.PATIENCE
+
+    def _items(self, loader, limit):
+        """What a DataLoader gives; Unreadable where it gives nothing for `limit` seconds. At each of its own, shorter
+        time-outs it looks whether its processes live, and can be asked again."""
+        items, since = iter(loader), time.monotonic()
+        with suppress(ValueError):  # of another thread than the main one
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in whatever is being done
+        while True:
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            except RuntimeError as e:
+                if "DataLoader timed out" not in str(e):
+                    raise
+                if time.monotonic() - since > limit:
+                    raise Unreadable(f"loader processes gave nothing for {limit:g} s; see whether the videos' disk "
+                                     f"is well") from e
+                continue
+            yield item
+            since = time.monotonic()
 
     def _check_shared_memory(self, batch):
         free, each = free_shared_memory(), batch * self.clips.item_bytes()
@@ -145,10 +170,7 @@ class Loader:
             try:
                 if self.workers:
                     self.clips.opened.share_memory_()
-                items = iter(self._dataloader(done))
-                with suppress(ValueError):  # of another thread than the main one
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in whatever is being done
-                for item in items:
+                for item in self._items(*self._dataloader(done)):
                     yield item
                     done, ends = done + 1, 0
                 return
@@ -162,9 +184,6 @@ class Loader:
         if not processes or ends > self.MAX_RESTARTS:
             if "shared memory" in str(error):  # torch's words, in the last line of a process's traceback
                 raise lack_of_shared_memory(str(error).strip().splitlines()[-1]) from error
-            if "DataLoader timed out" in str(error):
-                raise Unreadable(f"loader processes gave nothing ({error}); see whether the disk of the videos is "
-                                 f"well") from error
             raise error
         for process, index in self.clips.opened.tolist():
             if str(process) in processes[1].split(", "):

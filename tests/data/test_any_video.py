@@ -2,6 +2,7 @@
 size or rate varies."""
 
 import io
+import json
 import os
 import shutil
 from collections import Counter
@@ -9,12 +10,16 @@ from collections import Counter
 import cv2
 import numpy as np
 import pytest
-from helpers.clips import film, numbered
+from helpers.clips import film, numbered, values
 from helpers.containers import cut_by_copy, encode
 from PIL import Image
 
+import data
 from support import video_index
+from support.avi import write_avi
+from support.datasets import read_split
 from support.errors import BadInput
+from support.stores import FlowStore
 from support.video_index import scan
 from support.videos import (
     VIDEO_SUFFIXES,
@@ -228,3 +233,37 @@ def test_time_stamps_of_real_clips_are_those_of_their_frames(real_clips):
         frames = sum(1 for _ in decode(path))
         differ[frames_at_rate(path, rate)[:frames] == list(range(frames))] += 1
     assert differ == {True: len(clips)} and len(clips) == 12
+
+
+# --- clips of them ---------------------------------------------------------------------------------------------------
+def stored(root, name, frames, about):
+    """A store with the flow of one video, u = t and v = -t steps."""
+    root.mkdir()
+    (root / "header.json").write_text(json.dumps({"kind": "flow", "version": 1}))
+    write_avi(root / f"{name}.avi", [np.concatenate([np.full((24, 32), 128 + t, np.uint8), np.full(
+        (24, 32), 128 - t, np.uint8)]) for t in range(frames - 1)], about)
+    return FlowStore(root)
+
+
+def test_clips_of_a_folder_of_images(tmp_path):
+    images(tmp_path / "v" / "run" / "one", range(12))
+    store = stored(tmp_path / "flow", "run/one", 12, {})
+    found = read_split("folder", tmp_path / "v")
+    assert found.classes == ["run"] and found.videos[0].label == 0
+    item = data.TrainClips(found.videos, store, frames=4, n_short=0, size=16)[(0, 0)]
+    assert not item["fault"]
+    for rgb, flow in zip(item["long"]["rgb"], item["long"]["flow"], strict=True):
+        shown = values(rgb)
+        assert shown == list(range(shown[0], shown[0] + 4)) and [int(f[0, 0, 0]) - 128 for f in flow] == shown
+
+
+def test_clips_at_a_rate_hold_the_frames_that_were_on_the_screen(tmp_path):
+    (tmp_path / "v").mkdir()
+    path = write(tmp_path / "v" / "one.mkv", encode(numbered(10), "matroska", stamps=STAMPS))
+    shown = frames_at_rate(path, 10)
+    assert len(shown) > 10 and len(set(shown)) < len(shown)  # some frames are shown for longer
+    store = stored(tmp_path / "flow", "one", len(shown), {"fps": 10})
+    item = data.TrainClips(read_split("folder", tmp_path / "v").videos, store, frames=6, n_short=0, size=16)[(0, 0)]
+    assert not item["fault"]
+    for rgb, flow in zip(item["long"]["rgb"], item["long"]["flow"], strict=True):
+        assert numbers(rgb.numpy()) == [shown[int(f[0, 0, 0]) - 128] for f in flow]

@@ -192,7 +192,7 @@ def test_files_that_vanish_break_or_stall_cost_their_samples_alone(films, monkey
     real = read_frames_at
     started = time.monotonic()
 
-    def frames_at(path, wanted):
+    def frames_at(path, wanted, fps):
         if path.endswith("d.avi") and os.path.exists(f"{path}.stalls"):
             time.sleep(60)
         return real(path, wanted)
@@ -221,7 +221,7 @@ def test_files_that_vanish_break_or_stall_cost_their_samples_alone(films, monkey
 def test_what_a_codec_raises_is_a_fault_of_its_video(films, monkeypatch):
     videos, flows = films
 
-    def frames_at(path, wanted, real=read_frames_at):
+    def frames_at(path, wanted, fps, real=read_frames_at):
         if path.endswith("a.avi"):
             raise cv2.error("(-215:Assertion failed)\n in function 'resize'\n")
         if path.endswith("b.avi"):
@@ -300,7 +300,8 @@ def test_pretraining_reads_the_store(tiny, tmp_path, capsys):
 def crashes(monkeypatch, name, does):
     """Reading the film `name` does that; others are read."""
     real = read_frames_at
-    monkeypatch.setattr(data, "frames_at", lambda path, wanted: does() if path.endswith(name) else real(path, wanted))
+    monkeypatch.setattr(data, "frames_at",
+                        lambda path, wanted, fps: does() if path.endswith(name) else real(path, wanted))
 
 
 def segfault():
