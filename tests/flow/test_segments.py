@@ -1,6 +1,7 @@
 """flow.py --segment: a long video is cut while it is decoded, and nothing of it is lost, made twice or mixed."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -203,6 +204,16 @@ def test_expand_makes_a_sample_of_each_segment(films):
     with pytest.raises(BadInput, match=r"holds a/long in segments, whose pictures .*RGB store: add --rgb RGB"):
         expand(videos, flows)
     assert expand(videos[1:], flows) == videos[1:]
+
+
+def test_what_an_interrupted_run_left_needs_pictures_too(films, tmp_path):
+    shutil.copytree(films / "cut" / "flow", tmp_path / "s")
+    for first in (10, 20, 30):
+        (tmp_path / "s" / "a" / f"long@{first}.avi").unlink()
+    videos = [Video("p/long.avi", "a/long", 3)]
+    assert [v.name for v in expand(videos, FlowStore(tmp_path / "s"), frames=False)] == ["a/long@0"]
+    with pytest.raises(BadInput, match="holds a/long in segments"):
+        expand(videos, FlowStore(tmp_path / "s"))
 
 
 def test_info_counts_segments_as_their_video(films, capsys):
