@@ -11,6 +11,7 @@ export GOMP_SPINCOUNT := 1000
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed, this is ' + sys.version)"
+	@echo "=== installing the packages of requirements.txt into $(VENV): a minute or two, more where torch is downloaded"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
@@ -20,31 +21,34 @@ build: $(VENV)/installed
 	$(BIN)/python setup.py -q build_ext --inplace
 
 # Films, flow, prototypes, pre-training, retrieval, figures: every stage by its own command. Interrupted, it goes on.
+# make demo SEED=7 DEMO=demo7 runs another seed into another folder.
+SEED ?= 0
 SET = --dataset ucf101 --videos $(DEMO)/films/videos --splits $(DEMO)/films/splits --flow $(DEMO)/flow
 NET = --arch r2plus1d18 --width 0.125 --frames 8 --stride 2 --size 32
 demo: $(VENV)/installed
-	@echo "=== 1/7 films of jointed figures, 10 actions"
-	$(BIN)/python -m experiments.walkers --out $(DEMO)/films --train 400 --test 200 --sheet $(DEMO)/films.png
-	@echo "=== 2/7 optical flow (coarser TV-L1 than the default, for speed)"
-	$(BIN)/python flow.py --videos $(DEMO)/films/videos --out $(DEMO)/flow --short-side 0 --warps 1 --epsilon 0.03
-	@echo "=== 3/7 prototypes (Eq. 11)"
-	$(BIN)/python prototypes.py --num 20 --dim 64 --out $(DEMO)/prototypes.npz
-	@echo "=== 4/7 what the untrained network retrieves"
-	$(BIN)/python evaluate.py retrieval --checkpoint none $(SET) $(NET) --json $(DEMO)/untrained.json
-	@echo "=== 5/7 pre-training with the guided loss"
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 pretrain.py @presets/cpu --batch-size 16 \
-	    --no-sync-batch-norm --epochs 24 --log-every 25 $(SET) \
+	@echo "=== 1/8 the compiled operator (a minute; without a compiler the PyTorch reference is used)"
+	@$(MAKE) --no-print-directory build || echo "it could not be built: all runs on the reference, slower"
+	@echo "=== 2/8 films of jointed figures, 10 actions"
+	@$(BIN)/python -m experiments.walkers --out $(DEMO)/films --train 400 --test 200 --sheet $(DEMO)/films.png
+	@echo "=== 3/8 optical flow (coarser TV-L1 than the default, for speed)"
+	@$(BIN)/python flow.py --videos $(DEMO)/films/videos --out $(DEMO)/flow --short-side 0 --warps 1 --epsilon 0.03
+	@echo "=== 4/8 prototypes (Eq. 11)"
+	@$(BIN)/python prototypes.py --num 20 --dim 64 --out $(DEMO)/prototypes.npz
+	@echo "=== 5/8 what the untrained network retrieves"
+	@$(BIN)/python evaluate.py retrieval --checkpoint none $(SET) $(NET) --seed $(SEED) --json $(DEMO)/untrained.json
+	@echo "=== 6/8 pre-training with the guided loss"
+	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 pretrain.py @presets/cpu --batch-size 16 \
+	    --no-sync-batch-norm --epochs 24 --log-every 25 --seed $(SEED) $(SET) \
 	    --prototypes $(DEMO)/prototypes.npz --out $(DEMO)/goca
-	@echo "=== 6/7 what GOCA retrieves"
-	$(BIN)/python evaluate.py retrieval --checkpoint $(DEMO)/goca $(SET) --json $(DEMO)/goca.json
-	@echo "=== 7/7 figures"
-	$(BIN)/python -m experiments.figures prototypes --prototypes $(DEMO)/prototypes.npz --out $(DEMO)/prototypes.png
-	$(BIN)/python -m experiments.figures training --run $(DEMO)/goca --out $(DEMO)/training.png
-	$(BIN)/python -m experiments.figures retrieval --json $(DEMO)/untrained.json --versus $(DEMO)/goca.json --view rgb \
-	    --out $(DEMO)/retrieval.png
-	@echo "=== R@1 and R@5: untrained, without guiding (sep, from the committed run results/demo/sep_seed0.jsonl), and after GOCA"
-	$(BIN)/python -m experiments.tables show $(DEMO)/untrained.json results/demo/sep_seed0.json $(DEMO)/goca.json
-	@echo "pictures: $(DEMO)/films.png $(DEMO)/prototypes.png $(DEMO)/training.png $(DEMO)/retrieval.png"
+	@echo "=== 7/8 what GOCA retrieves"
+	@$(BIN)/python evaluate.py retrieval --checkpoint $(DEMO)/goca $(SET) --json $(DEMO)/goca.json
+	@echo "=== 8/8 figures"
+	@$(BIN)/python -m experiments.figures prototypes --prototypes $(DEMO)/prototypes.npz --out $(DEMO)/prototypes.png
+	@$(BIN)/python -m experiments.figures training --run $(DEMO)/goca --out $(DEMO)/training.png
+	@$(BIN)/python -m experiments.figures retrieval --json $(DEMO)/untrained.json --versus $(DEMO)/goca.json \
+	    --view rgb --out $(DEMO)/retrieval.png
+	@echo
+	@$(BIN)/python -m experiments.demo $(DEMO)
 
 # In two processes: most tests keep one core busy.
 test: build
@@ -62,19 +66,19 @@ sanitize: $(VENV)/installed
 	    ASAN_OPTIONS=detect_leaks=0 GOCA_CXXFLAGS="$(SANITIZERS)" $(abspath $(BIN))/python -m pytest -q -k "not nvcc" \
 	    tests/test_goca.py tests/test_operator.py tests/test_tvl1.py tests/test_cuda_on_cpu.py tests/test_tvl1_cuda_on_cpu.py
 
-# Where an NVIDIA card is: the tests that need one, the same small ones under compute-sanitizer, and the speed rows.
+# Where an NVIDIA GPU is: the tests that need one, the same small ones under compute-sanitizer, and the speed rows.
 GPU_TESTS = -q -k "(cuda or gpu) and not on_cpu" tests
 GPU_SMALL = -q -k "cuda and (33x65 or streams) or gpu" tests/test_operator.py tests/test_tvl1.py
 CARD = $(shell nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' ' '_')
 gpu: build
 	$(BIN)/python -c "import sys, torch, goca; sys.exit(not (torch.cuda.is_available() and goca._goca.cuda) and \
-	    'make gpu needs a card that torch sees, and the extension built with its CUDA kernels (see make build)')"
+	    'make gpu needs a GPU that torch sees, and the extension built with its CUDA kernels (see make build)')"
 	$(BIN)/python -m pytest $(GPU_TESTS)
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest $(GPU_SMALL)
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest $(GPU_SMALL)
 	$(BIN)/python -m experiments.bench operator step flow --json results/$(CARD).json $(if $(VIDEOS),--videos $(VIDEOS))
 
-# Some minutes a method on one card: S3D at the paper's clip size on larger generated films, with guiding and without.
+# Some minutes a method on one GPU: S3D at the paper's clip size on larger generated films, with guiding and without.
 # Logs, results and curves go to results/. Interrupted, it goes on.
 TRIAL ?= trial
 TRIAL_FILMS ?= --train 2000 --test 500 --size 160 --frames 48

@@ -22,26 +22,26 @@ Under torchrun several processes share the networks' work. The same command give
 
 import argparse
 import json
-import math
 import time
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 
 import data
 import model
 from support.classifiers import FINETUNE, LINEAR, fit_clips, fit_features, predict_clips, predict_features
 from support.cli import Help, command_line
 from support.datasets import DATASETS, read_split
-from support.distributed import start_processes
+from support.distributed import run_on_all_ranks, same_on_all_ranks, start_processes
 from support.errors import BadInput
 from support.features import NETWORK, Features, check_store, fingerprint, load_network, load_or_extract, view_matrix
 from support.files import atomic, check_writable
 from support.kmeans import kmeans
 from support.metrics import KS, accuracy, cluster_scores, nearest, recall
+from support.reporting import mean_of_splits, print_classes, print_left_out, print_results, protocol_in_words
 from support.stores import FlowStore
 from support.training_log import commit
+from support.watchdog import end_process_group
 from support.weights import export
 
 VIEWS = (*model.VIEWS, "rgb+flow")
@@ -66,7 +66,7 @@ def labelled_videos(env, split, subset):
 
 
 def check_classes(train, test, classes):
-    """Refuse test videos of a class without training video; say which classes have one training video only."""
+    """Refuse test videos of a class without training video; print which classes have one training video only."""
     count = torch.bincount(train, minlength=len(classes))
     lacking = sorted({classes[i] for i in test.tolist() if count[i] == 0})
     if lacking:
@@ -91,7 +91,7 @@ def with_common_classes(train, test):
 
 def train_and_test_features(env, split):
     """Features of the training and the test list -> (train, test), None on rank > 0."""
-    lists = {subset: labelled_videos(env, split, subset) for subset in ("train", "test")}
+    lists = run_on_all_ranks(lambda: {x: labelled_videos(env, split, x) for x in ("train", "test")})
     both = [load_or_extract(env.net, found, env.store, env.s, env.device, f"split{split}-{subset}", env.rank, env.world)
             for subset, found in lists.items()]
     return (None, None) if env.rank else with_common_classes(*both)
@@ -138,7 +138,7 @@ def retrieval(env, split):
 
 
 def cluster(env, split):
-    found = labelled_videos(env, split, "test")
+    found = run_on_all_ranks(lambda: labelled_videos(env, split, "test"))
     test = load_or_extract(env.net, found, env.store, env.s, env.device, f"split{split}-test", env.rank, env.world)
     if env.rank:
         return None
@@ -200,7 +200,8 @@ def linear_on_features(env, split):
 def on_clips(env, split):
     """`finetune`, and `linear --on clips`."""
     s, frozen = env.s, env.s.command == "linear"
-    train, test = with_common_classes(labelled_videos(env, split, "train"), labelled_videos(env, split, "test"))
+    train, test = with_common_classes(*run_on_all_ranks(
+        lambda: [labelled_videos(env, split, subset) for subset in ("train", "test")]))
     without = [f"{v.name}: there, but without flow" for v in train.videos if v.name not in env.store]
     train = train._replace(videos=[v for v in train.videos if v.name in env.store], unused=(*train.unused, *without))
     if not train.videos:
@@ -215,10 +216,10 @@ def on_clips(env, split):
         what = f"{s.command}-split{split}-{'+'.join(views)}"
         classifier = fit_clips(env.net, list(views), train, env.store, env.recipe, s, settings, frozen, what,
                                env.device, env.rank, env.world)
-        p, kept, said = predict_clips(classifier, test, env.store, s, env.device, f"{what}, test", env.rank,
+        p, kept, failures = predict_clips(classifier, test, env.store, s, env.device, f"{what}, test", env.rank,
                                       env.world)
         seen.append(kept)
-        faults[:] = said
+        faults[:] = failures
         return p
 
     p = probabilities_by_view(s, predict)
@@ -234,7 +235,7 @@ COMMANDS = {"features": features_command, "retrieval": retrieval, "cluster": clu
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is said
+# The run of a command
 # ---------------------------------------------------------------------------------------------------------------------
 def protocol_of(env):
     """All that the numbers depend on, as one flat dict."""
@@ -264,43 +265,8 @@ def protocol_of(env):
     return out
 
 
-def mean_of_splits(each):
-    """Results of several splits -> their mean; standard errors add as those of independent test sets."""
-    return {view: {k: math.sqrt(sum(r[view][k]**2 for r in each)) / len(each) if k.endswith("standard error") else
-                   sum(r[view][k] for r in each) / len(each) for k in each[0][view]} for view in each[0]}
-
-
-def print_results(results):
-    """Print each view's numbers, with their standard error or deviation, and chance below."""
-    first = next(iter(results.values()))
-    names = [k for k in first if not k.endswith(("standard error", "chance", "deviation"))]
-    print(f"{'view':>10}" + "".join(f"{k:>16}" for k in names))
-    for view, r in results.items():
-        error = {k: r.get(f"{k} standard error", r.get(f"{k} deviation")) for k in names}
-        print(f"{view:>10}" + "".join(f"{r[k]:10.1f} ± {error[k]:<3.1f}" if error[k] is not None else f"{r[k]:16,}"
-                                      for k in names))
-    if f"{names[0]} chance" in first:
-        print(f"{'chance':>10}" + "".join(f"{first[f'{k} chance']:10.1f}      " for k in names))
-
-
-def print_classes(by_class):
-    """Print the numbers of each class by view."""
-    views = list(by_class)
-    for name, row in by_class[views[0]].items():
-        cells = (f"{view} " + " ".join(f"{k} {x:.1f}" for k, x in by_class[view][name].items() if k != "videos")
-                 for view in views)
-        print(f"{name:>24} {row['videos']:>5} videos   " + "   ".join(cells))
-
-
-def evaluate(s):
-    """Run a command on its splits, print and write what it gives -> exit status."""
-    if s.command == "export":
-        export(s.checkpoint, s.out)
-        print(f"written: {s.out}")
-        return 0
-    if s.json:
-        check_writable(s.json, "--json")
-    device, rank, world = start_processes(s)
+def environment(s, device, rank, world):
+    """What every command works on: the network with its settings, the flow store, the recipe. Raises BadInput."""
     net, settings = load_network(s)
     for k in NETWORK:
         setattr(s, k, settings[k])
@@ -312,13 +278,25 @@ def evaluate(s):
                            f"files for both: --weights rgb=FILE flow=FILE")
     store = FlowStore(s.flow)
     check_store(store, settings, s)
-    env = SimpleNamespace(s=s, net=net.to(device, memory_format=torch.channels_last_3d), settings=settings, store=store,
-                          device=device, rank=rank, world=world, recipe=recipe_of(s))
-    began = time.perf_counter()
-    command = on_clips if getattr(s, "on", "features") == "clips" else COMMANDS[s.command]
-    each = [command(env, split) for split in s.split]
-    if world > 1:
-        dist.destroy_process_group()
+    net = net.to(device, memory_format=torch.channels_last_3d)
+    return SimpleNamespace(s=s, net=net, settings=settings, store=store, device=device, rank=rank, world=world,
+                           recipe=recipe_of(s))
+
+
+def evaluate(s):
+    """Run a command on its splits, print and write its results -> exit status."""
+    if s.command == "export":
+        export(s.checkpoint, s.out)
+        print(f"written: {s.out}")
+        return 0
+    if s.json:
+        check_writable(s.json, "--json")
+    with end_process_group():
+        device, rank, world = start_processes(s)
+        env = run_on_all_ranks(lambda: environment(s, device, rank, world))
+        began = time.perf_counter()
+        command = on_clips if getattr(s, "on", "features") == "clips" else COMMANDS[s.command]
+        each = [command(env, split) for split in s.split]
     if rank:
         return 0
     protocol = {**protocol_of(env), **each[0].pop("protocol", {}), "left_out": sum(len(e["left_out"]) for e in each)}
@@ -326,18 +304,13 @@ def evaluate(s):
     if len(each) > 1:
         out = {"protocol": protocol, "results": mean_of_splits([e["results"] for e in each]),
                "splits": dict(zip(map(str, s.split), each, strict=True))}
-    print(json.dumps(protocol))
+    print(protocol_in_words(protocol))
     print_results(out["results"])
     if getattr(s, "per_class", False):
         for split, e in zip(s.split, each, strict=True):
             print(f"split {split}")
             print_classes(e["per_class"])
-    left_out = [line for e in each for line in e["left_out"]]
-    for line in left_out[:10]:
-        print(f"left out: {line}")
-    if left_out:
-        print(f"{len(left_out)} videos were left out of this evaluation; the numbers are not those of the whole data "
-              f"set. To try them again once mended, remove the file of features named above, if one is")
+    print_left_out([line for e in each for line in e["left_out"]])
     seconds = time.perf_counter() - began
     print(f"{s.command} in {seconds:.0f} s on {world} process(es), {device}")
     if s.json:
@@ -442,5 +415,13 @@ def train_arguments(c, name):
     g.add_argument("--cache", action="store_true", help="keep decoded videos in memory, once a loader process")
 
 
+def main():
+    try:
+        s = arguments()
+    except BadInput as e:
+        raise same_on_all_ranks(e) from None
+    return evaluate(s)
+
+
 if __name__ == "__main__":
-    command_line(lambda: evaluate(arguments()))
+    command_line(main)

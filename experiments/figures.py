@@ -1,5 +1,6 @@
 """Every picture, drawn from files that the stages wrote.
 
+    python -m experiments.figures method     --out docs/method.svg
     python -m experiments.figures prototypes --prototypes prototypes.npz --out figure3.png
     python -m experiments.figures training   --run RUN [--run RUN ...] --out training.png
     python -m experiments.figures retrieval  --json retrieval.json [--versus other.json] [--split 2] --out figure4.png
@@ -7,12 +8,12 @@
     python -m experiments.figures features   --features FILE [--versus FILE] --view rgb --out features.png
     python -m experiments.figures confusion  --json finetune.json [--split 2] --view rgb+flow --out confusion.png
 
-prototypes: Fig. 3, t-SNE of the prototypes before (random) and after Eq. 11, and the cosine of each to its nearest.
-training: the curves of one or several RUN/log.jsonl. retrieval: Fig. 4, queries with their nearest videos, right and
-wrong ones framed and marked; with --versus the same queries answered by another network. lambda: Table 2, the
-paper's beside ours (`experiments.tables run --table 2`). features: t-SNE of a file of features of evaluate.py by class.
-confusion: classes against what a classifier, or the nearest neighbour, says. Of a result of several splits the first
-is drawn, or that of --split.
+method: Fig. 2 in our own hand (method.py), from no file. prototypes: Fig. 3, t-SNE of the prototypes
+before (random) and after Eq. 11, and the cosine of each to its nearest. training: the curves of one or several
+RUN/log.jsonl. retrieval: Fig. 4, queries with their nearest videos, right and wrong ones framed and marked; with
+--versus the same queries answered by another network. lambda: Table 2, the paper's beside ours (`experiments.tables
+run --table 2`). features: t-SNE of a file of features of evaluate.py by class. confusion: classes against what a
+classifier, or the nearest neighbour, says. Of a result of several splits the first is drawn, or that of --split.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import matplotlib
 import numpy as np
 import torch
 
+from experiments import method
 from experiments.paper import LAMBDA_GRID, LAMBDAS, TABLES
 from experiments.tables import check_comparable, collect, load, ours
 from support.cli import Help, command_line
@@ -35,7 +37,7 @@ from support.videos import decode
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; right and wrong are told by marks too
+# Okabe and Ito's colours, which colour-blind readers can tell apart; right and wrong have marks of their own too
 COLOURS = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#B8A900"
 RIGHT, WRONG = "#0072B2", "#D55E00"
 
@@ -267,7 +269,7 @@ def features(args):
 
 
 def confusion(args):
-    """Rows: classes. Columns: what was said, in percent of the row. Two panels for two results."""
+    """Rows: classes. Columns: predictions, in percent of the row. Two panels for two results."""
     files = [f for f in (args.json, args.versus) if f]
     results = [of_split(f, args.split, "linear|finetune|retrieval") for f in files]
     n = len(results[0].get("classes", ()))
@@ -279,12 +281,12 @@ def confusion(args):
                            f"linear or finetune")
         truth = np.array([q["label"] for q in out["queries"]])
         if "predictions" in out:
-            said = np.array(out["predictions"][args.view])
+            predicted = np.array(out["predictions"][args.view])
         else:
-            said = np.array([out["gallery"][line[0]]["label"] for line in out["neighbours"][args.view]])
+            predicted = np.array([out["gallery"][line[0]]["label"] for line in out["neighbours"][args.view]])
         names = out["classes"]
         table = np.zeros((len(names), len(names)))
-        np.add.at(table, (truth, said), 1)
+        np.add.at(table, (truth, predicted), 1)
         share = 100 * table / np.maximum(1, table.sum(1, keepdims=True))
         image = axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
         if len(names) <= 20:
@@ -296,8 +298,9 @@ def confusion(args):
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
         axis.set_yticks(range(len(names)), names, fontsize=size)
         p = out["protocol"]
-        axis.set(xlabel="said", ylabel="class", title=f"{p['method']}, {p.get('command', 'retrieval')}, {args.view}: "
-                                                      f"{100 * (truth == said).mean():.1f} % right")
+        right = 100 * (truth == predicted).mean()
+        axis.set(xlabel="predicted", ylabel="class",
+                 title=f"{p['method']}, {p.get('command', 'retrieval')}, {args.view}: {right:.1f} % right")
         figure.colorbar(image, ax=axis, label="% of the class", shrink=0.8)
     figure.tight_layout()
     save(figure, args.out)
@@ -337,6 +340,8 @@ def main(argv=None):
     c.add_argument("--versus", help="another such result")
     c.add_argument("--view", default="rgb", choices=("rgb", "flow", "rgb+flow"))
     c.set_defaults(draw=confusion)
+    c = of("method", help="Fig. 2, in our own hand")
+    c.set_defaults(draw=lambda args: save(method.draw(), args.out))
     for name in ("retrieval", "confusion"):
         commands.choices[name].add_argument("--split", type=int, help="of a result on several (default: the first)")
     for c in commands.choices.values():

@@ -86,7 +86,7 @@ def record(videos=10):
         net.register_comm_hook(dist.group.WORLD, bucket_hook)
         clips = random_clips(device, torch.channels_last_3d, videos, [(2, 8), (4, 8)], 32)
         messages.clear()  # those of DDP's construction
-        pretrain.step_loss(net, clips, s, True)[0].backward()
+        pretrain.step_loss(net, clips, s, (True, True))[0].backward()
     finally:
         dist.all_gather, dist.all_reduce = real
         dist.destroy_process_group()

@@ -22,7 +22,9 @@ Optical flow (stage 1)
     flow_import     flow that another program left as JPEGs
     segments        long videos that were cut: a sample of each piece
 Training (stage 3)
-    optim           LARS, AdamW, steps left out where a gradient is not finite, the learning rate
+    training_flags  the flags of pretrain.py
+    run             the one training loop: logging, signals, saving, stopping around a step
+    optim           LARS, AdamW, SGD; steps dropped where a gradient is not finite; the learning rate
     training_log    RUN/log.jsonl, the terminal, warnings of collapse
     signals         signals that ask a run to stop, the clock that asks it to save
     distributed     several processes: how they start, what they share and must have alike
@@ -34,5 +36,10 @@ Evaluation (stage 4)
     classifiers     linear probe and fine-tuning
     metrics         nearest neighbours, R@k, accuracy, Acc, NMI and F1 of clusters
     kmeans          k-means, all restarts as one batch
+    reporting       the protocol in words, tables by view and by class
     weights         other people's weights, and exports of ours
+Use (stage 5)
+    previews        eight frames of a film as one small picture that plays
+    projection      features in two dimensions, for a map
+    page            a page of films that opens by double click; its scripts and styles are in page_assets/
 """

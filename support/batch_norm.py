@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import nn
 
 from support.distributed import _gather_flat
+from support.errors import BadInput
 
 
 class _Normalise(torch.autograd.Function):
@@ -103,9 +104,21 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         return y
 
 
-def synchronise_batch_norm(net):
-    """Let every batch norm see the whole batch, as one process would."""
+def synchronise_batch_norm(net, kind="own"):
+    """Let every batch norm see the whole batch, as one process would -> net.
+
+    kind: "own" (GlobalBatchNorm), or "torch" (torch.nn.SyncBatchNorm, for GPUs alone; the host waits in each layer).
+    """
+    if kind == "torch":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
     for m in net.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.__class__ = GlobalBatchNorm  # same parameters and buffers
     return net
+
+
+def synchronisation(flag, device):
+    """--sync-batch-norm -> "own" or "torch". Own on CPUs; torch's on GPUs until ours has been measured there."""
+    if flag == "torch" and device.type == "cpu":
+        raise BadInput("--sync-batch-norm torch: torch.nn.SyncBatchNorm works on GPUs alone; take own, or auto")
+    return flag if flag in ("own", "torch") else "torch" if device.type == "cuda" else "own"

@@ -17,16 +17,20 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from support.errors import BadInput, Unreadable
 from support.files import atomic
+from support.optim import learning_rate
 
 # settings that may change on resume
 RESUMABLE = {"device", "workers", "cache", "log_every", "save_every", "videos", "splits", "flow", "rgb", "prototypes",
              "out", "index", "time_limit", "max_faults", "keep", "plan", "compile", "recompute", "timeout",
-             "tensorboard", "save_minutes"}
+             "tensorboard", "save_minutes", "extend"}
+# settings that earlier versions' checkpoints lack, and what they did
+ADDED = {"lead": "none", "lead_epochs": 0, "init": None}
 
 
 class Damaged(BadInput):
@@ -178,22 +182,47 @@ def lock(out, seconds=0.0):
     return file
 
 
-def resume(state, out, settings, net, optimizer, say):
+def changed_settings(old, settings):
+    """-> {name: (before, now)} of what differs; --sync-batch-norm by whether it is, for all ways are one."""
+    def meaning(name, value):
+        return value not in (False, "none") if name == "sync_batch_norm" else value
+
+    old = {**ADDED, **old}
+    return {k: (old[k], v) for k, v in settings.items() if k in old and meaning(k, old[k]) != meaning(k, v)}
+
+
+def resume(state, out, settings, net, optimizer, steps_per_epoch, say, s):
     """Continue from a checkpoint of `last_checkpoint`, or None -> the next step, the log's state; says which settings
-    changed.
+    changed. With s.extend the epochs may be more than before, and s.warmup_epochs becomes the run's own.
 
     Raises BadInput where they do not allow it.
     """
     if state is None:
         return 0, None
-    old = state["settings"]
-    changed = {k: (old[k], v) for k, v in settings.items() if k in old and old[k] != v}
+    free = set(RESUMABLE)
+    if s.extend:
+        extend(state, out, settings, s, steps_per_epoch, say)
+        free |= {"epochs"}
+    changed = changed_settings(state["settings"], settings)
     # a process's share of the same whole batch is free, where batch norm does not tell
-    free = RESUMABLE | {"batch_size"} if settings["sync_batch_norm"] and "global_batch" not in changed else RESUMABLE
+    if settings["sync_batch_norm"] not in (False, "none") and "global_batch" not in changed:
+        free |= {"batch_size"}
     broken = {k: v for k, v in changed.items() if k not in free}
     if broken:
         what = ", ".join(f"{k} {a} -> {b}" for k, (a, b) in broken.items())
-        raise BadInput(f"{out} was trained with other settings ({what}); give another --out, or these as before")
+        longer = "epochs" in broken and broken["epochs"][0] < broken["epochs"][1]
+        raise BadInput(f"{out} was trained with other settings ({what}); give another --out, or these as before"
+                       f"{', or --extend for more epochs' if longer else ''}")
+    check_prototypes(state, out, settings, net)
+    if changed:
+        say(f"changed since the run began: {', '.join(f'{k} {a} -> {b}' for k, (a, b) in changed.items())}")
+    net.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state.get("log")
+
+
+def check_prototypes(state, out, settings, net):
+    """Refuse other prototypes than those of a checkpoint; trained ones may have any values."""
     before, now = state["model"]["prototypes"], net.prototypes.detach().cpu()
     if before.shape != now.shape:
         raise BadInput(f"{out} was trained with prototypes {list(before.shape)}, but --prototypes "
@@ -202,8 +231,62 @@ def resume(state, out, settings, net, optimizer, say):
     if others and not settings["train_prototypes"]:
         raise BadInput(f"{out} was trained with other prototypes: {others} of the {len(now)} in --prototypes "
                        f"{settings['prototypes']} differ; give another --out, or the file as before")
-    if changed:
-        say(f"changed since the run began: {', '.join(f'{k} {a} -> {b}' for k, (a, b) in changed.items())}")
-    net.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state.get("log")
+
+
+def extend(state, out, settings, s, steps_per_epoch, say):
+    """--extend: keep the run's own warm-up, and say what more epochs do to the learning rate."""
+    old, step = state["settings"], state["step"]
+    if s.epochs < old["epochs"]:
+        raise BadInput(f"--extend lengthens a run: {out} was begun with --epochs {old['epochs']}, which is more than "
+                       f"{s.epochs}")
+    s.warmup_epochs = settings["warmup_epochs"] = old["warmup_epochs"]
+    before = learning_rate(max(0, step - 1), steps_per_epoch, SimpleNamespace(**old))
+    now = learning_rate(step, steps_per_epoch, s)
+    if s.epochs > old["epochs"]:
+        say(f"--extend: {old['epochs']} -> {s.epochs} epochs. The learning rate's cosine is stretched to the new "
+            f"end: it was {before:.4g} in step {step} and goes on with {now:.4g}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights to start from
+# ---------------------------------------------------------------------------------------------------------------------
+def start_from(path, net, settings, say):
+    """--init: give a fresh network the weights of a run (its folder, or a checkpoint) or of an export.
+
+    The backbones must fit; heads are taken over where they do, and prototypes where they are trained and fit. Says what
+    was. Raises BadInput where the file is none, or is of another network.
+    """
+    state = _weights_of(path)
+    own = net.state_dict()
+    parts = {"backbones": "backbones.", "projection head": "heads.", "prototypes": "prototypes"}
+    fits, said = {}, []
+    for part, prefix in parts.items():
+        wanted = {k: v for k, v in own.items() if k.startswith(prefix)}
+        have = {k: v for k, v in state.items() if k.startswith(prefix)}
+        fit = wanted.keys() == have.keys() and all(have[k].shape == v.shape for k, v in wanted.items())
+        if part == "backbones" and not fit:
+            amiss = next((k for k in wanted if k not in have or have[k].shape != wanted[k].shape), "more layers")
+            raise BadInput(f"--init {path} holds another network than --arch {settings['arch']} --width "
+                           f"{settings['width']:g} (first difference: {amiss}); give the flags that it was trained "
+                           f"with")
+        if part == "prototypes" and fit and not settings["train_prototypes"]:
+            same = torch.allclose(have[prefix], wanted[prefix].cpu(), atol=1e-6)
+            said.append(f"prototypes of --prototypes, {'the same' if same else 'not its own'}")
+            continue
+        fits |= have if fit else {}
+        said.append(f"{part} {'taken over' if fit else 'new, for its own do not fit' if have else 'new'}")
+    net.load_state_dict({**own, **fits})
+    say(f"--init {path}: {'; '.join(said)}")
+
+
+def _weights_of(path):
+    """{name: tensor} as of a TwoView, from a run, a checkpoint or an export."""
+    if Path(path).is_dir():
+        return load_checkpoint(path)["model"]
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # says what is wrong with it
+        state = load_checkpoint(path)
+    if isinstance(state, dict) and state.get("kind") == "backbones":
+        return {f"backbones.{view}.{k}": t for view in ("rgb", "flow") for k, t in state[view].items()}
+    return load_checkpoint(path)["model"]

@@ -8,6 +8,7 @@ CoCLR [37] and the released code do. A result is that of the last epoch: the tes
 import copy
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,15 +20,19 @@ from tqdm import tqdm
 
 import data
 import model
-from support.batch_norm import synchronise_batch_norm
+from support.batch_norm import synchronisation, synchronise_batch_norm
 from support.checkpoints import load_checkpoint, save_checkpoint
-from support.distributed import MaxOverRanks, data_parallel
+from support.distributed import run_on_first_rank
 from support.errors import BadInput
 from support.features import fingerprint
 from support.files import atomic
 from support.inference import group_by_views, mean_over_views
 from support.loader import Loader
-from support.signals import StopSignals
+from support.optim import SGD, Adam, set_rate
+from support.run import Run, named_failures
+from support.watchdog import exit_on_error
+
+TIMEOUT = 600.0  # seconds of a step in which several processes wait for one
 
 
 class Recipe(NamedTuple):
@@ -89,8 +94,8 @@ def classifier_optimizer(classifier, recipe):
     if not classifier.frozen:
         groups.append({"params": list(classifier.backbones.parameters()), "scale": recipe.backbone})
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(groups, recipe.lr, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(groups, recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
+        return Adam(groups, recipe.lr, recipe.weight_decay)
+    return SGD(groups, recipe.lr, 0.9, recipe.weight_decay)
 
 
 def recipe_rate(step, per_epoch, recipe):
@@ -101,17 +106,25 @@ def recipe_rate(step, per_epoch, recipe):
 
 
 def classifier_step(logits, labels, optimizer, lr, where):
-    """One step -> the loss. Raises BadInput where it is not finite."""
+    """One step on stored features -> the loss. Raises BadInput where it is not finite."""
     loss = F.cross_entropy(logits.float(), labels)
     value = loss.item()
     if not math.isfinite(value):
         raise BadInput(f"the loss of {where} is no longer finite; try a smaller --lr")
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
+    set_rate(optimizer, lr)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
     return value
+
+
+def check_batch(classifier, batch):
+    """Refuse batches of one video where a batch norm learns: it would normalise that one to nothing."""
+    norms = [m for m in (classifier.head if classifier.frozen else classifier).modules()
+             if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if batch < 2 and norms:
+        raise BadInput("--batch-size 1: batch norm needs the statistics of at least 2 videos; give 2 or more, and as "
+                       "many training videos")
 
 
 def fit_features(train, labels, classes, recipe, s, device, what):
@@ -120,6 +133,7 @@ def fit_features(train, labels, classes, recipe, s, device, what):
     classifier = Classifier({}, train[0].shape[1], classes, recipe, frozen=True).to(device)
     optimizer = classifier_optimizer(classifier, recipe)
     batches = data.EpochBatches(len(labels), s.batch_size, recipe.epochs, s.seed)
+    check_batch(classifier, s.batch_size)
     train, labels = [f.to(device) for f in train], labels.to(device)
     for step, batch in enumerate(tqdm(batches, desc=what, unit="step", mininterval=1)):
         at = torch.tensor([i for _, i in batch], device=device)
@@ -151,75 +165,122 @@ def saved_state(path, settings, free=()):
     return state
 
 
+class EpochLog:
+    """Progress on the terminal, and the mean loss and learning rate of each epoch: what `Run` asks of a log.
+
+    before: the checkpoint that is continued, or None.
+    """
+
+    def __init__(self, what, total, steps_per_epoch, rank, start, before):
+        before = before or {}
+        self.history, (loss, self.count) = before.get("history", []), before.get("running", [0.0, 0])
+        self.loss = torch.tensor(loss, dtype=torch.float64)
+        self.row, self.dropped, self.faults = before.get("row", 0), before.get("dropped", 0), set()
+        self.steps_per_epoch, self.rank = steps_per_epoch, rank
+        self.progress = tqdm(total=total, initial=start, desc=what, unit="step", mininterval=1, disable=rank > 0)
+
+    def timed(self, loader):
+        return loader
+
+    def add(self, loss, faults, videos):
+        self.loss = self.loss.to(loss.device) + loss.detach().double()  # on the device
+        self.count += 1
+        self.faults.update(filter(None, faults))
+        self.progress.update()
+
+    def line(self, step, values):
+        """The end of an epoch."""
+        self.history.append({"epoch": step // self.steps_per_epoch, "loss": self.loss.item() / self.count, **values})
+        self.progress.set_postfix(epoch=self.history[-1]["epoch"], loss=self.history[-1]["loss"])
+        self.loss, self.count = torch.zeros_like(self.loss), 0
+
+    def entries(self):
+        return {"history": self.history, "running": [self.loss.item(), self.count], "row": self.row,
+                "dropped": self.dropped}
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def end(self, step):
+        self.progress.close()
+        if self.dropped:
+            self.say(f"{self.dropped} steps had a gradient that was not finite and changed nothing")
+        if self.faults:
+            print(f"{len(self.faults)} training videos could not be read and were replaced by others; one: "
+                  f"{min(self.faults)}")
+
+
+def new_classifier(net, views, classes, recipe, s, frozen, device):
+    """A Classifier on copies of a network's backbones, on its device."""
+    torch.manual_seed(s.seed)
+    backbones = {v: copy.deepcopy(net.backbones[v]) for v in views}
+    classifier = Classifier(backbones, net.backbones[views[0]].feature_dim, classes, recipe, frozen)
+    return classifier.to(device, memory_format=torch.channels_last_3d)
+
+
 def fit_clips(net, views, found, store, recipe, s, settings, frozen, what, device, rank, world):
     """Train a classifier on augmented clips, one a video and epoch -> Classifier in eval mode.
 
     Keeps OUT/<what>.pt once an epoch and OUT/<what>.json (loss and learning rate by epoch); the same command continues.
     Leaves with 128 + signal if asked to stop. Raises AssertionError if a frozen backbone changed in any bit.
     """
-    torch.manual_seed(s.seed)
-    backbones = {v: copy.deepcopy(net.backbones[v]) for v in views}
-    classifier = Classifier(backbones, net.backbones[views[0]].feature_dim, len(found.classes), recipe, frozen)
-    classifier = classifier.to(device, memory_format=torch.channels_last_3d)
+    classifier = new_classifier(net, views, len(found.classes), recipe, s, frozen, device)
+    check_batch(classifier, s.batch_size * world)
     before = fingerprint(classifier.backbones)
+    learning = classifier.head if frozen else classifier
     if world > 1:
-        synchronise_batch_norm(classifier if not frozen else classifier.head)
+        synchronise_batch_norm(learning, synchronisation("auto", device))
     optimizer = classifier_optimizer(classifier, recipe)
-    path = Path(s.out) / f"{what}.pt"
     settings = {**settings, **recipe._asdict(), "milestones": list(recipe.milestones), "weights": before,
                 "views": views, "batch": s.batch_size * world, "seed": s.seed, "videos": len(found.videos),
                 "frozen": frozen}
-    state = saved_state(path, settings)
-    step, history, running = 0, [], [0.0, 0]
+    path = Path(s.out) / f"{what}.pt"
+    state = run_on_first_rank(lambda: saved_state(path, settings))
     if state:
         classifier.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step, history, running = state["step"], state["history"], state["running"]
-
+    start = state["step"] if state else 0
     clips = data.TrainClips(found.videos, store, frames=settings["frames"], n_long=1, n_short=0, size=settings["size"],
                             stride=settings["stride"], scale=tuple(settings["scale"]), seed=s.seed, cache=s.cache)
-    batches = data.EpochBatches(len(found.videos), s.batch_size, recipe.epochs, s.seed, rank, world, start=step)
-    per_epoch, total = batches.steps_per_epoch, batches.steps_per_epoch * recipe.epochs
-    loader = Loader(clips, batches.after, s.workers)
+    batches = data.EpochBatches(len(found.videos), s.batch_size, recipe.epochs, s.seed, rank, world)
+    log = EpochLog(what, batches.steps_per_epoch * recipe.epochs, batches.steps_per_epoch, rank, start, state)
     labels = torch.tensor([v.label for v in found.videos])
-    ddp = classifier
-    if world > 1:
-        ddp = data_parallel(classifier, device)
-    ddp.train()
-    skipped, agree = set(), MaxOverRanks(device, world)
-    with StopSignals() as stop, tqdm(total=total, initial=step, desc=what, unit="step", mininterval=1,
-                                     disable=rank > 0) as progress:
-        for batch in loader:
-            torch.manual_seed((s.seed * 2**20 + step) * world + rank)  # dropout; a continued run draws the same
-            with model.precision(device):
-                logits = ddp({v: c[:, 0] for v, c in data.augment(batch, device)[0].items()})
-            lr = recipe_rate(step, per_epoch, recipe)
-            running[0] += classifier_step(logits, labels[batch["index"]].to(device), optimizer, lr, what)
-            running[1] += 1
-            skipped.update(filter(None, batch["fault"]))
-            step += 1
-            progress.update()
-            ending = step % per_epoch == 0
-            if ending:
-                history.append({"epoch": step // per_epoch, "loss": running[0] / running[1], "lr": lr})
-                progress.set_postfix(epoch=step // per_epoch, loss=history[-1]["loss"])
-                running = [0.0, 0]
-            asked, = agree(stop.signal)
-            if (ending or asked) and rank == 0:
-                save_checkpoint(path, {"settings": settings, "step": step, "model": classifier.state_dict(),
-                                            "optimizer": optimizer.state_dict(), "history": history,
-                                            "running": running})
-                with atomic(path.with_suffix(".json")) as tmp:
-                    tmp.write_text(json.dumps({"settings": settings, "history": history}))
-            if asked:
-                if rank == 0:
-                    print(f"asked to stop (signal {asked}): saved step {step} of {total}; the same command continues")
-                raise SystemExit(128 + asked)
-    if skipped:
-        print(f"{len(skipped)} training videos could not be read and were replaced by others; one: {min(skipped)}")
+    memory = f"--batch-size {s.batch_size}. What helps: a smaller --batch-size or --size, fewer --frames"
+    with exit_on_error(), named_failures(memory, TIMEOUT), Run(
+            (device, rank, world), classifier.train(), optimizer, model.Statistics(learning), clips, batches, log,
+            partial(save, path), file=path, settings=settings, start=start, workers=s.workers,
+            log_every=batches.steps_per_epoch, timeout=TIMEOUT,
+            advice=f"a learning rate too high (--lr {recipe.lr:g}), damaged weights") as run:
+        if fit_steps(run, labels, recipe, s, device):
+            raise SystemExit(run.status)
     if frozen and fingerprint(classifier.backbones) != before:
         raise AssertionError("a frozen backbone changed during the linear probe")
     return classifier.eval()
+
+
+def fit_steps(run, labels, recipe, s, device):
+    """All steps of `fit_clips` that are left -> exit status."""
+    for batch in run:
+        torch.manual_seed((s.seed * 2**20 + run.step) * run.world + run.rank)  # dropout; a continued run draws the same
+        lr = recipe_rate(run.step, run.steps_per_epoch, recipe)
+        set_rate(run.optimizer, lr)
+        clips = {v: c[:, 0] for v, c in data.augment(batch, device)[0].items()}
+        with model.precision(device):
+            logits = run.net(clips)
+        loss = F.cross_entropy(logits.float(), labels[batch["index"]].to(device))
+        loss.backward()
+        run.update(loss)
+        if run.log_due:
+            run.log_line({"lr": lr})
+    return run.status
+
+
+def save(path, state):
+    """OUT/<what>.pt, and OUT/<what>.json beside it."""
+    save_checkpoint(path, state)
+    with atomic(path.with_suffix(".json")) as tmp:
+        tmp.write_text(json.dumps({"settings": state["settings"], "history": state["history"]}))
 
 
 @torch.inference_mode()

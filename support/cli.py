@@ -4,6 +4,7 @@
 """
 
 import argparse
+import math
 import os
 import sys
 
@@ -29,16 +30,45 @@ def command_line(main):
         sys.exit(130)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are BadInput, which one process says of all."""
+
+    def error(self, message):
+        raise BadInput(message.removeprefix("argument "))
+
+
+def _number(kind, good, must):
+    """A type of argparse: a number of `kind` that is `good`."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not good(value):
+            raise argparse.ArgumentTypeError(f"{text} must be {must}")
+        return value
+    return parse
+
+
+positive = _number(float, lambda x: 0 < x < math.inf, "a number above 0, and finite")
+non_negative = _number(float, lambda x: 0 <= x < math.inf, "a number of at least 0, and finite")
+fraction = _number(float, lambda x: 0 <= x < 1, "a number of at least 0 and below 1")
+positive_int = _number(int, lambda x: x > 0, "a whole number above 0")
+non_negative_int = _number(int, lambda x: x >= 0, "a whole number of at least 0")
+
+
 class Help(argparse.HelpFormatter):
     """Help of a command: each flag with its default where it has one and its text names none."""
 
     def add_argument(self, action):
         value = action.default
+        if action.help is argparse.SUPPRESS:
+            return
         has = not (value is None or value is False or value in ("", [], argparse.SUPPRESS))
         if has and "default" not in (action.help or ""):
             shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-            said = f"default: {shown.replace('%', '%%')}"
-            action.help = f"{action.help} ({said})" if action.help else said
+            default = f"default: {shown.replace('%', '%%')}"
+            action.help = f"{action.help} ({default})" if action.help else default
         super().add_argument(action)
 
 

@@ -140,35 +140,41 @@ def check_same_on_all_ranks(facts):
 class MaxOverRanks:
     """Numbers that each process may have in another step -> in every process the same, the largest of all.
 
-    On a CPU those of this call. On GPUs those of the call before, so that the host need not wait for the device: it
-    only sees to it that it is less than one step ahead.
+    On a CPU those of this call. On GPUs, also on one alone, those of the call before, so that the host need not wait
+    for the device: it only sees to it that it is less than one step ahead.
     """
 
     def __init__(self, device, world, late=None):
         self.device, self.world = device, world
         self.late = device.type == "cuda" if late is None else late
         self.pending = deque()
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" and world > 1 else None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, *numbers):
-        """Every process calls it in every step, with integers -> as many."""
-        if self.world == 1:
-            return list(numbers)
+        """Every process calls it in every step, with integers, or such on the device -> as many integers."""
+        if self.world == 1 and not self.late:
+            return [int(n) for n in numbers]
         # filled on the device: a copy from pageable memory would wait for it
-        mine = torch.stack([torch.full((), n, dtype=torch.int32, device=self.device) for n in numbers])
-        work = dist.all_reduce(mine, dist.ReduceOp.MAX, async_op=True)
+        mine = torch.stack([n.to(torch.int32) if isinstance(n, torch.Tensor) else
+                            torch.full((), n, dtype=torch.int32, device=self.device) for n in numbers])
+        work = dist.all_reduce(mine, dist.ReduceOp.MAX, async_op=True) if self.world > 1 else None
         self.pending.append(self._to_host(mine, work) if self.stream else (mine, work))
         if len(self.pending) <= self.late:
             return [0] * len(numbers)
         largest, work = self.pending.popleft()
-        work.synchronize() if self.stream else work.wait()
+        if self.stream:
+            work.synchronize()
+        elif work:
+            work.wait()
         return largest.tolist()
 
     def _to_host(self, largest, work):
         """-> pinned memory, and the event after which it holds the result; the steps' stream waits for neither."""
         on_host = torch.empty(largest.shape, dtype=largest.dtype, pin_memory=True)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # not the host
         with torch.cuda.stream(self.stream):
-            work.wait()  # the stream, not the host
+            if work:
+                work.wait()  # the stream, too
             on_host.copy_(largest, non_blocking=True)
             largest.record_stream(self.stream)
             return on_host, self.stream.record_event()

@@ -69,7 +69,7 @@ def load_network(s):
 
 
 def check_network_flags(given, settings, what):
-    """Refuse flags that say another network than the one that was loaded."""
+    """Refuse flags that ask for another network than the one that was loaded."""
     for k in ("arch", "width", "pool"):
         if given[k] is not None and given[k] != settings[k]:
             raise BadInput(f"{what} was trained with --{k} {settings[k]}, not {given[k]}; leave the flag out")

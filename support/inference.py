@@ -13,19 +13,19 @@ def to_input(view, clips, device):
 
 
 def mean_over_views(call, items, views, device, batch_views):
-    """Apply `call` to all test views of some videos in batches and average what it says by video.
+    """Apply `call` to all test views of some videos in batches and average its outputs by video.
 
     items: of data.TestClips, without faults. call: {view: [B, C, T, S, S]} -> {name: [B, D]}. Returns {name: float32
     [videos, D]} on the CPU.
     """
     weight, counts = torch.cat([i["weight"] for i in items])[:, None], [len(i["weight"]) for i in items]
-    said = []
+    outputs = []
     for batch in zip(*(torch.cat([i[view] for i in items]).split(batch_views) for view in views), strict=True):
         with model.precision(device):
-            said.append(call({view: to_input(view, c, device) for view, c in zip(views, batch, strict=True)}))
+            outputs.append(call({view: to_input(view, c, device) for view, c in zip(views, batch, strict=True)}))
     out = {}
-    for name in said[0]:
-        each = torch.cat([f[name].float() for f in said]) * weight.to(device)
+    for name in outputs[0]:
+        each = torch.cat([f[name].float() for f in outputs]) * weight.to(device)
         out[name] = torch.stack([video.sum(0) for video in each.split(counts)]).cpu()
     return out
 

@@ -75,8 +75,8 @@ class ClusterSums:
 def fill_empty(counts, labels, own):
     """Give each empty cluster the point farthest from its centre, as scikit-learn does. Changes labels [R, n]."""
     for r, c in (counts == 0).nonzero().tolist():
-        lonely = torch.bincount(labels[r], minlength=counts.shape[1])[labels[r]] == 1
-        i = own[r].masked_fill(lonely, -torch.inf).argmax()
+        singleton = torch.bincount(labels[r], minlength=counts.shape[1])[labels[r]] == 1
+        i = own[r].masked_fill(singleton, -torch.inf).argmax()
         labels[r, i] = c
         own[r, i] = -torch.inf
 

@@ -6,8 +6,10 @@ Retrieval (section 4.2): `nearest`, `recall`. Clusters (section 4.3): `cluster_s
 
 import math
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import f1_score, normalized_mutual_info_score
 
 KS = (1, 5, 10, 20, 50)
 TILE = 1024, 4096  # queries and gallery rows whose similarities are held at a time: 16 MiB in float32
@@ -65,27 +67,13 @@ def cluster_scores(labels, truth, k):
     may name one cluster only (Hungarian). NMI: over the arithmetic mean of both entropies. F1: mean over classes;
     "F1 weighted": by their members.
     """
-    labels, truth = labels.cpu(), truth.cpu()
-    runs, n, classes = len(labels), len(truth), int(truth.max()) + 1
-    cell = (torch.arange(runs)[:, None] * k + labels) * classes + truth
-    table = torch.bincount(cell.flatten(), minlength=runs * k * classes).view(runs, k, classes)
-    best = table.argmax(2)  # [R, k]: the class of a cluster; the first of equals
-
-    def entropy(p, dims):
-        return -torch.special.xlogy(p, p).sum(dims)
-
-    p = table.double() / n
-    h_clusters, h_classes, h = entropy(p.sum(2), 1), entropy(p.sum(1), 1), entropy(p, (1, 2))
-    both = (h_clusters + h_classes) / 2
-    nmi = torch.where(both > 0, (h_clusters + h_classes - h) / both.clamp(min=1e-300), 1.0)
-
-    predicted = torch.zeros(runs, classes, classes, dtype=torch.int64).scatter_add_(
-        1, best[..., None].expand_as(table), table)  # [R, predicted class, class]
-    hit = predicted.diagonal(dim1=1, dim2=2).double()
-    members = predicted.sum(1)  # of each class
-    total = predicted.sum(2) + members
-    f1 = 2 * hit / total.clamp(min=1)
-    one_to_one = [t[linear_sum_assignment(t, maximize=True)].sum() for t in table.numpy()]
-    return {"Acc": 100 * hit.sum(1) / n, "NMI": 100 * nmi, "F1": 100 * f1.sum(1) / (total > 0).sum(1),
-            "Acc one-to-one": 100 * torch.tensor(one_to_one, dtype=torch.float64) / n,
-            "F1 weighted": 100 * (f1 * members).sum(1) / n}
+    truth, scores = truth.cpu().numpy(), []
+    for run in labels.cpu().numpy():
+        table = np.zeros((k, truth.max() + 1), np.int64)  # [cluster, class]: members
+        np.add.at(table, (run, truth), 1)
+        named = table.argmax(1)[run]  # [n]: the class of each one's cluster; the first of equals
+        one_to_one = table[linear_sum_assignment(table, maximize=True)].sum()
+        scores.append({"Acc": (named == truth).mean(), "NMI": normalized_mutual_info_score(truth, run),
+                       "F1": f1_score(truth, named, average="macro"), "Acc one-to-one": one_to_one / len(truth),
+                       "F1 weighted": f1_score(truth, named, average="weighted")})
+    return {name: 100 * torch.tensor([s[name] for s in scores], dtype=torch.float64) for name in scores[0]}

@@ -1,4 +1,4 @@
-"""Optimisation: LARS (the paper), AdamW, steps that a gradient which is not finite leaves out, the learning rate."""
+"""Optimisation: LARS (the paper), AdamW, SGD; a gradient that is not finite drops its step; the learning rate."""
 
 import math
 
@@ -42,21 +42,40 @@ class LARS(torch.optim.Optimizer):
                 weight_decay=0.0, dampening=0.0, nesterov=False, maximize=False)
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW, which heeds `found_inf`."""
+class _Fused:
+    """torch's fused kernels heed `found_inf`; `fused` of a checkpoint by an unfused optimizer is not taken over."""
 
+    def load_state_dict(self, state):
+        super().load_state_dict({**state, "param_groups": [{**g, "fused": True} for g in state["param_groups"]]})
+
+
+class AdamW(_Fused, torch.optim.AdamW):
     def __init__(self, params, lr, betas, weight_decay):
         super().__init__(params, lr, betas, weight_decay=weight_decay, fused=True)
 
-    def load_state_dict(self, state):
-        """Also of a checkpoint by the unfused one."""
-        super().load_state_dict({**state, "param_groups": [{**g, "fused": True} for g in state["param_groups"]]})
+
+class Adam(_Fused, torch.optim.Adam):
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, lr, weight_decay=weight_decay, fused=True)
+
+
+class SGD(_Fused, torch.optim.SGD):
+    def __init__(self, params, lr, momentum, weight_decay):
+        super().__init__(params, lr, momentum, weight_decay=weight_decay, fused=True)
+
+    def step(self):
+        """Momenta begin as 0: torch's would be undefined where the first step is dropped."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and self.state[p].get("momentum_buffer") is None:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        super().step()
 
 
 @torch.no_grad()
 def step_if_finite(optimizer):
-    """A step of LARS or AdamW, unless a gradient is not finite: then parameters and the optimizer's state keep their
-    bits -> whether all were finite, a bool tensor on their device.
+    """A step of one of these optimizers, unless a gradient is not finite: then parameters and the optimizer's state
+    keep their bits -> whether all were finite, a bool tensor on their device.
 
     Nothing waits for the device: the fused kernels read the answer there, the caller when it logs.
     """
@@ -67,15 +86,25 @@ def step_if_finite(optimizer):
     return finite
 
 
-def check_weights(net, step, out):
+def last_good(file):
+    """What an error message says of the checkpoint `file`."""
+    return f"{file} is the last good checkpoint" if file.exists() else "nothing had been saved"
+
+
+def check_weights(net, step, file):
     """Before a checkpoint: raise BadInput if a parameter or a buffer is not finite."""
     floats = {name: w for name, w in net.state_dict().items() if w.is_floating_point()}
     finite = torch.stack([w.isfinite().all() for w in floats.values()]).tolist()
     if bad := [name for name, good in zip(floats, finite, strict=True) if not good]:
-        kept = f"{out} keeps the last good checkpoint" if (out / "checkpoint.pt").exists() else "nothing had been saved"
         more = f" and {len(bad) - 1} more" if bad[1:] else ""
-        raise BadInput(f"step {step} is not saved: {bad[0]}{more} not finite; {kept}. Likely causes: a learning "
-                       f"rate too high (--lr), damaged weights")
+        raise BadInput(f"step {step} is not saved: {bad[0]}{more} not finite; {last_good(file)}. Likely causes: a "
+                       f"learning rate too high (--lr), damaged weights")
+
+
+def set_rate(optimizer, lr):
+    """Of every group of parameters, times the group's `scale` where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("scale", 1.0)
 
 
 def learning_rate(step, steps_per_epoch, s):

@@ -1,6 +1,7 @@
 """RUN/log.jsonl and the terminal: what a run reports, and its warnings of collapse."""
 
 import json
+import math
 import os
 import resource
 import subprocess
@@ -12,11 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from support.distributed import (
-    same_on_all_ranks,
-)
 from support.errors import BadInput
 from support.files import atomic
+from support.optim import rate_rule
 
 
 def commit():
@@ -46,21 +45,58 @@ def peak_gib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def crops_in_words(s):
+    return f"2 crops of {s.frames} and {s.short_crops} of {s.short_frames} frames, {s.size} px"
+
+
+def against_out_of_memory(s):
+    """What was asked for, and what helps, for an error message."""
+    return (f"--batch-size {s.batch_size}, each video in both views of {crops_in_words(s)}. What helps: --recompute (a "
+            f"third more time, the same result), --batch-size {max(1, s.batch_size // 2)} --accumulate "
+            f"{2 * s.accumulate} (each half is assigned by itself; a new run), fewer --short-crops, --short-frames or "
+            f"--frames, a smaller --size")
+
+
+def plan(s, found, videos, net, batches, start, device, world, operator):
+    """What a run is about to do, in a few lines. found: a VideoSet, videos: those of it that are used."""
+    n, batch, total = len(net.prototypes), s.batch_size * world, batches.steps_per_epoch * s.epochs
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    rest = f"and one of {batches.rest}" if batches.rest else f"{len(videos) % batch} videos left out of each"
+    return (
+        f"{s.method} on {s.dataset} in {s.videos}: {len(videos)} videos ({len(found.absent)} listed but absent, "
+        f"{len(found.faulty)} that do not decode, {len(found.videos) - len(videos)} without "
+        f"flow{' or RGB' if s.rgb else ''}); both views of {crops_in_words(s)}; {s.workers} loader processes"
+        f"{' for each process' if world > 1 else ''}\n"
+        + "".join(f"{note}\n" for note in found.notes) +
+        f"{s.arch}, width {s.width:g}, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, "
+        f"{'bfloat16, assignment and loss float32' if device.type == 'cuda' else 'float32'} on {world} x {kind}; "
+        f"assignment and loss: {operator}\n"
+        f"{n} prototypes, ln N = {math.log(n):.3f}; batch {s.batch_size} x {world}"
+        f"{f' x {s.accumulate} accumulated' if s.accumulate > 1 else ''}, {batches.steps_per_epoch} steps an epoch, "
+        f"{total} in all ({s.epochs} epochs, {rest})\n"
+        f"{rate_rule(s, batch * s.accumulate)}{f'; continuing at step {start}' if start else ''}"
+        + (f"\ntiming {min(4, total - start)} steps, or one if that takes longer than {Log.LONG_STEP} s; the first "
+           f"waits for the videos" if s.plan and start < total else ""))
+
+
 class Log:
     """RUN/log.jsonl and the terminal: what happened since the last line, averaged. Only rank 0 writes.
 
     before: `state` of the start that is continued; the lines then are those of an uninterrupted run.
     """
 
-    MAX_BAD_STEPS = 5  # steps without a finite gradient that end the run
+    PATIENCE = 2  # epochs, or a tenth of all: what lasts longer than that beyond the warm-up is worth a warning
 
     def __init__(self, out, s, rank, world, step, total, per_epoch, ln_n, before=None):
         self.path, self.s, self.head, self.world = out / "log.jsonl", s, rank == 0, world
         self.first, self.total, self.per_epoch, self.ln_n = step, total, per_epoch, ln_n
         before = before or {"losses": torch.empty(0), "dropped": 0, "row": 0, "faults": [], "most": 0}
-        self.losses, self.finite, self.waited = [*before["losses"].unbind()], [], 0.0
-        self.dropped, self.row, self.faults = before["dropped"], before["row"], dict.fromkeys(before["faults"])
+        self.losses, self.waited = [*before["losses"].unbind()], 0.0
+        self.dropped, self.row = before["dropped"], before["row"]  # bad steps: all, and in a row; `Run` counts them
+        self.faults = dict.fromkeys(before["faults"])
         self.most = before["most"]  # prototypes ever in use
+        self.since_epoch = dict(before.get("since", {}))  # sign of collapse -> epoch in which it began
+        self.warned = dict.fromkeys(before.get("warned", []))  # signs that were said; each is said once
         self.videos = 0  # of all processes since the last line
         self.file = self.board = None
         self.began = self.since = time.perf_counter()
@@ -105,7 +141,11 @@ class Log:
         if self.file:
             os.fsync(self.file.fileno())  # not a line less than the checkpoint
         return {"losses": losses.cpu(), "dropped": self.dropped, "row": self.row, "faults": list(self.faults),
-                "most": self.most}
+                "most": self.most, "since": self.since_epoch, "warned": list(self.warned)}
+
+    def entries(self):
+        """What a checkpoint holds of it; every process calls it."""
+        return {"log": self.state()}
 
     def _share(self):
         """Take over the faults of all processes -> the mean over them of each loss since the last line [k]."""
@@ -129,30 +169,14 @@ class Log:
             self.waited += time.perf_counter() - began
             yield batch
 
-    def add(self, loss, finite, faults, videos):
-        """One batch: its loss, and whether the gradient of the step that it completes was finite (None: it completes
-        none), both left on the device; its unreadable videos; the number of videos of all processes."""
+    def add(self, loss, faults, videos):
+        """One batch: its loss, left on the device; its unreadable videos; the number of videos of all processes."""
         self.losses.append(loss.detach())
-        if finite is not None:
-            self.finite.append(finite)
         self.videos += videos
         for fault in faults:
             if fault and fault not in self.faults:
                 self.faults[fault] = True
                 print(f"skipped: {fault}", file=sys.stderr)
-
-    def check_finite(self, step):
-        """Count the steps whose gradient was dropped. Raises BadInput after MAX_BAD_STEPS in a row, before anything is
-        saved. Every process sees the same gradients, so all of them raise."""
-        for finite in torch.stack(self.finite).tolist() if self.finite else ():
-            self.row = 0 if finite else self.row + 1
-            self.dropped += not finite
-        self.finite.clear()
-        if self.row >= self.MAX_BAD_STEPS:
-            raise same_on_all_ranks(BadInput(
-                f"the gradient was not finite in the last {self.row} steps before step {step}; {self.path.parent} "
-                f"keeps the last good checkpoint. Likely causes: a learning rate too high (--lr {self.s.lr:.3g}), too "
-                f"small a lambda1 ({self.s.lambda1}), damaged weights"))
 
     def too_many_faults(self, videos):
         """A message if more than the share --max-faults of the videos could not be read (one never is too many)."""
@@ -176,7 +200,8 @@ class Log:
             self.file.write(json.dumps(line) + "\n")
         if self.board:
             for name, value in line.items():
-                self.board.add_scalar(name, value, step)
+                if name != "prior_views":  # no number
+                    self.board.add_scalar(name, value, step)
             self.board.flush()
         left = timedelta(seconds=round((now - self.began) / (step - self.first) * (self.total - step)))
         agree = f"  views agree {line['views_agree']:.2f}" if "views_agree" in line else ""
@@ -188,33 +213,81 @@ class Log:
             self.say(f"  warning: {warning}")
 
     def collapse(self, line):
-        """Messages about what a collapsed network looks like, once the warm-up is over."""
+        """Messages about what a collapsed network looks like, each once.
+
+        Every run starts near ln N and with features near one vector; so these two are said only where they last.
+        """
         self.most = max(self.most, line["prototypes_in_use"])
-        if line["epoch"] <= self.s.warmup_epochs:
-            return
+        patience = max(self.PATIENCE, self.s.epochs / 10)
+        signs = self._signs(line) if line["epoch"] > self.s.warmup_epochs else {}
+        for sign in [sign for sign in self.since_epoch if sign not in signs]:
+            del self.since_epoch[sign]
+        for sign, (lasts, message) in signs.items():
+            since = self.since_epoch.setdefault(sign, line["epoch"])
+            if sign not in self.warned and line["epoch"] - since >= (patience if lasts else 0):
+                self.warned[sign] = True
+                yield message
+
+    def _signs(self, line):
+        """{sign of collapse: (whether it has to last, message)}."""
+        signs = {}
         if line["loss"] > 1.05 * self.ln_n:
-            yield (f"the loss, {line['loss']:.3f}, is above ln N = {self.ln_n:.3f}, which knowing nothing would give: "
-                   f"the learning rate may be too high")
+            signs["loss above ln N"] = False, (
+                f"the loss, {line['loss']:.3f}, is above ln N = {self.ln_n:.3f}, which knowing nothing would give: "
+                f"the learning rate may be too high")
         elif line["loss"] > 0.99 * self.ln_n:
-            yield f"the loss, {line['loss']:.3f}, is not below ln N = {self.ln_n:.3f}: the network has learned nothing"
-        if line["rank"] < 2:
-            yield f"the features of the batch have rank {line['rank']:.1f}: they are all but one vector"
+            signs["loss at ln N"] = True, (
+                f"the loss, {line['loss']:.3f}, stays at ln N = {self.ln_n:.3f}: the network has learned nothing; a "
+                f"lower --lr, more videos a batch, or fewer prototypes than videos a batch may help")
+        names = ("rgb", "flow") if "effective_rank_rgb" in line else ("",)
+        ranks = {name: line[f"effective_rank_{name}" if name else "rank"] for name in names}
+        for name in (name for name, rank in ranks.items() if rank < 2):
+            signs[f"rank {name}"] = True, (
+                f"{f'the features of {name}' if name else 'the features'} have collapsed: they have stayed at "
+                f"effective rank {ranks[name]:.1f} since epoch {self.since_epoch.get(f'rank {name}', 0):.0f}; "
+                f"{self._against(name, ranks)}")
         if line["prototypes_in_use"] <= max(2, self.most / 4):
-            yield f"only {line['prototypes_in_use']} prototype(s) in use, of {self.most} before"
+            used = ", ".join(f"{line[key]} in {name}" for name in names if (key := f"prototypes_in_use_{name}") in line)
+            signs["prototypes"] = False, (
+                f"only {line['prototypes_in_use']} prototype(s) in use{f' ({used})' if used else ''}, of {self.most} "
+                f"before: a lower --lr may help, or fewer prototypes")
+        return signs
+
+    def _against(self, name, ranks):
+        """What helps a view `name` whose features have collapsed."""
+        slower = "a lower --lr and more --epochs"
+        if self.s.method != "goca" or not name:
+            return f"{slower} may help"
+        if max(ranks.values()) < 2:
+            return (f"so have the other view's: each may have been taught by the other before it knew anything; "
+                    f"{slower}, --lambda2 below --lambda1, or a later --guide-start may help")
+        other = "flow" if name == "rgb" else "rgb"
+        leads = f"--lead {other} with more --lead-epochs" if self.s.lead == other else f"--lead {other} --lead-epochs E"
+        return f"{other} has learned and this view not: {slower}, or {leads} may help"
+
+    LONG_STEP = 20  # seconds: a plan then times no second step
 
     def planned(self, step, kind, steps=4):
         """After a few steps (the first warms up) say how long all would take -> whether that is said."""
         done = step - self.first
         if done == 1:
-            self.since = time.perf_counter()
+            self.since, first = time.perf_counter(), time.perf_counter() - self.began
+            if first > self.LONG_STEP or step == self.total:
+                self._say_plan(first, kind, ", timed on the first one alone")
+                return True
         if done < steps and step < self.total:
             return False
-        seconds = (time.perf_counter() - self.since) / max(1, done - 1)
+        self._say_plan((time.perf_counter() - self.since) / (done - 1), kind)
+        return True
+
+    def _say_plan(self, seconds, kind, how=""):
         whole = timedelta(seconds=round(seconds * (self.total - self.first)))
         unit = "GPU-hours" if kind == "cuda" else "process-hours"
-        self.say(f"a step takes {seconds:.2f} s, all that are left {whole} and "
+        self.say(f"a step takes {seconds:.2f} s{how}, all that are left {whole} and "
                  f"{self.world * seconds * (self.total - self.first) / 3600:.1f} {unit}; nothing was written")
-        return True
+        if kind == "cpu" and seconds > self.LONG_STEP:
+            self.say("what makes a run on a CPU bearable: @presets/cpu, or a smaller --size, --frames, --width and "
+                     "--batch-size, and --short-crops 0")
 
     def end(self, step):
         if step == self.first:

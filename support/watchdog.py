@@ -67,9 +67,9 @@ def is_peer_failure(error):
 
 
 @contextmanager
-def end_process_group():
-    """What ends this block ends the process group; an exception of a process in it is said at once, and ends the
-    process: NCCL's way to end a group may wait for the others, who wait for this one."""
+def exit_on_error():
+    """An exception of a process in a group is printed at once, and ends the process: NCCL's way to end a group may wait
+    for the others, who wait for this one."""
     try:
         yield
     except BaseException as error:
@@ -84,6 +84,13 @@ def end_process_group():
             traceback.print_exc()
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
+
+
+@contextmanager
+def end_process_group():
+    """What ends this block ends the process group."""
+    with exit_on_error():
+        yield
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,11 +1,11 @@
 """Backbones alone: other people's weights taken in (`evaluate.py --weights`), a run's given out (`evaluate.py export`).
 
 In   files of the released GOCA, ViCC and CoCLR, of torchvision's s3d and r2plus1d_18, or an export of this project.
-Out  `Backbones`, which has the face of model.TwoView that evaluation needs, and settings as a checkpoint has them.
+Out  `Backbones`, which has the interface of model.TwoView that evaluation needs, and settings as a checkpoint has them.
 
 Files are read with torch.load(weights_only=True): tensors and plain values, nothing is executed. FORMATS says under
 which prefix a file keeps each view's network and which of its keys are no backbone (heads, queues, prototypes, momentum
-encoders); S3D_NAMES and R2PLUS1D_NAMES say what their modules are called. Every backbone key must be found, with its
+encoders); S3D_NAMES and R2PLUS1D_NAMES are the names of their modules. Every backbone key must be found, with its
 shape, and every other key be known; what isn't is listed in the error.
 
 Their networks are this project's (no gates, no biases before batch norm), but for torchvision's s3d, whose batch norms

@@ -3,7 +3,7 @@
 In   rows to run (all by default): operator step loader prototypes evaluation flow
 Out  a table, and with --json FILE a list of objects {row, case, device, threads, baseline_ms, ours_ms, ratio, floor_ms}
 
-Ours and the baseline take turns and the medians are compared, so that a neighbour's load meets both. Each row first
+Ours and the baseline take turns and the medians are compared, so that the load of other jobs meets both. Each row first
 checks that both compute the same. floor_ms is what the machine can't go below: the bytes that must move over the
 bandwidth it measures, the exponentials or the products over the rate it measures, whichever is longest.
 

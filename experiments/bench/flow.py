@@ -24,7 +24,7 @@ from support.flow_methods import make_settings, make_solver
 from support.stores import BOUND, dequantise, quantise
 from support.videos import decode, find_videos
 
-CARD = 256  # pairs together on a GPU, about
+GPU_PAIRS = 256  # pairs at once on a GPU, about
 NEAR = 0.02 if int(cv2.__version__.split(".")[0]) >= 5 else 0.03  # px; OpenCV 4 rounds its warps to 1/32 px
 
 
@@ -93,8 +93,8 @@ def faster_methods(name, pairs, flows):
 
 
 def flow(device, videos):
-    card = device.type == "cuda"
-    threads = 1 if card else torch.get_num_threads()
+    on_gpu = device.type == "cuda"
+    threads = 1 if on_gpu else torch.get_num_threads()
     cv2.setNumThreads(1)
 
     def baseline(pairs, iterations=None):
@@ -107,7 +107,7 @@ def flow(device, videos):
 
     all_flows = []
     for name, pairs in pairs_of_films(videos):
-        times = -(-CARD // len(pairs)) if card else 1
+        times = -(-GPU_PAIRS // len(pairs)) if on_gpu else 1
         frames = torch.from_numpy(pairs).to(device).repeat(times, 1, 1, 1)
         flows, theirs = tvl1.flow(frames, impl="compiled")[:len(pairs), 0].cpu().numpy(), baseline(pairs)
         distance = np.linalg.norm(flows - theirs, axis=1).mean()

@@ -65,7 +65,7 @@ def rgb_store(videos, root):
 
 
 def fidelity(videos, plain, stored):
-    """What the store of RGB costs, said on standard error: bytes, and the difference of what it gives."""
+    """What the store of RGB costs, printed on standard error: bytes, and the difference of what it gives."""
     side, sizes, frames, squares, clips = stored.rgb.header["short_side"], [], 0, [], []
     for k, video in enumerate(videos):
         sizes.append(stored.rgb.path(video.name).stat().st_size)

@@ -22,7 +22,7 @@ def device_of(args):
 def in_turns(calls, device, seconds=4.0, least=5, clock=time.perf_counter):
     """Median milliseconds of each call, taking turns for about `seconds` and at least `least` rounds.
 
-    clock: time.process_time for what one core does by itself; a neighbour's load then changes little.
+    clock: time.process_time for what one core does by itself; the load of other jobs then changes little.
     """
 
     def once(call):

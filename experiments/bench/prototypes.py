@@ -1,7 +1,7 @@
 """Prototypes by size: how far apart they end, what no code can pass, and how long the fit takes (Eq. 11).
 
 As a row of bench.py: some sizes against SGD as published, of whose 50,000 steps a few are timed. By itself the table of
-the README, one size a line as it is done (an hour or so of one core, most of it for 10,000; choose by --num and --dim):
+docs/results.md, one size a line as it is done (an hour of one core, most of it for 10,000; choose by --num, --dim):
 
     python -m experiments.bench.prototypes --num 300 1000 3000 10000 --dim 64 128 256 512 --json FILE
 """

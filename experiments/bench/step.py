@@ -61,7 +61,7 @@ def trainer(pipe, ours, device, case, threads):
     def step():
         if ours:
             with model.precision(device):
-                loss, *_ = pretrain.step_loss(net, clips, s, True)
+                loss, *_ = pretrain.step_loss(net, clips, s, (True, True))
         else:
             loss = exp_domain_loss(net.scores(net(clips)), s.lambda1, s.lambda2)
         loss.backward()

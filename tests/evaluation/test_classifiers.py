@@ -3,12 +3,15 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.evaluation import UNTRAINED, checkpoint, command, in_two_processes, result
 from helpers.paths import ROOT
+from helpers.training import poisoned
 
+import data
 import evaluate
 import model
 from support import classifiers
@@ -61,19 +64,20 @@ SCRIPT = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch.distributed as dist
+import data
 import evaluate
 from support import classifiers
 join = dist.init_process_group  # once for all commands
 dist.init_process_group = lambda *how, **more: dist.is_initialized() or join(*how, **more)
 dist.destroy_process_group = lambda: None
 classifiers.FINETUNE["vicc"] = classifiers.FINETUNE["vicc"]._replace(dropout=0.0)
-update, steps = classifiers.classifier_step, []
+augment, steps = data.augment, []
 def signalled(*args):
     steps.append(1)
     if os.environ["RANK"] == "1" and str(len(steps)) == os.environ.get("INTERRUPT"):
         os.kill(os.getpid(), signal.SIGTERM)
-    return update(*args)
-classifiers.classifier_step = signalled
+    return augment(*args)
+data.augment = signalled
 for argv in " ".join(sys.argv[1:]).split(" THEN "):
     evaluate.evaluate(evaluate.arguments(argv.split()))
 """
@@ -121,14 +125,14 @@ def test_finetuning_changes_the_backbone_and_continues_with_the_same_numbers(tin
     one = load_checkpoint(tmp_path / "a" / "finetune-split1-rgb+flow.pt")
     assert not torch.equal(one["model"]["backbones.rgb.net.layers.0.0.0.weight"],
                            load_checkpoint(run)["model"]["backbones.rgb.net.layers.0.0.0.weight"])
-    update, steps = classifiers.classifier_step, []
+    augment, steps = data.augment, []
 
     def signalled(*args):
         steps.append(1)
         if len(steps) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(*args)
-    monkeypatch.setattr(classifiers, "classifier_step", signalled)
+        return augment(*args)
+    monkeypatch.setattr(data, "augment", signalled)
     with pytest.raises(SystemExit) as e:
         command(tiny, "finetune", *more, "--out", str(tmp_path / "b"))
     assert e.value.code == 128 + signal.SIGTERM
@@ -143,6 +147,39 @@ def test_finetuning_changes_the_backbone_and_continues_with_the_same_numbers(tin
         command(tiny, "finetune", *more, "--lr", "0.2", "--out", str(tmp_path / "b"))
     probabilities = result(tiny, tmp_path, "finetune", *more, "--out", str(tmp_path / "b"))["predictions"]
     assert probabilities == whole["predictions"] and len(steps) == 8  # done: only tested again
+
+
+def test_a_bad_step_of_fine_tuning_is_dropped_and_five_in_a_row_end_it(tiny, tmp_path, monkeypatch, capsys):
+    """A video whose clip is not finite: the weights before it are kept, and what is saved can be used."""
+    more = ["--checkpoint", checkpoint(tmp_path), "--views", "flow", "--scale", "1", "1.2", "--batch-size", "10"]
+    poisoned(monkeypatch, {1}, view="flow")
+    command(tiny, "finetune", *more, "--epochs", "1", "--out", str(tmp_path / "a"))
+    assert "1 steps had a gradient that was not finite and changed nothing" in capsys.readouterr().out
+    state = load_checkpoint(tmp_path / "a" / "finetune-split1-flow.pt")
+    assert all(w.isfinite().all() for w in state["model"].values()) and state["dropped"] == 1
+    monkeypatch.undo()
+    poisoned(monkeypatch, set(range(1, 99)), view="flow")
+    with pytest.raises(BadInput, match=r"not finite in the last 5 steps before step 6; .*flow.pt is the last good"):
+        command(tiny, "finetune", *more, "--epochs", "4", "--out", str(tmp_path / "b"))
+    assert load_checkpoint(tmp_path / "b" / "finetune-split1-flow.pt")["step"] == 4
+
+
+@pytest.mark.parametrize(("recipe", "refused"), [("vicc", True), ("plain", False)])
+def test_a_batch_of_one_video_is_refused_where_batch_norm_learns(recipe, refused):
+    recipe = classifiers.LINEAR["vicc"]._replace(epochs=1, batch_norm=recipe == "vicc")
+    s = SimpleNamespace(seed=0, batch_size=1)
+    args = [torch.randn(4, 6)], torch.tensor([0, 1, 0, 1]), 2, recipe, s, torch.device("cpu"), "probe"
+    if refused:
+        with pytest.raises(BadInput, match="--batch-size 1: batch norm needs the statistics of at least 2 videos"):
+            classifiers.fit_features(*args)
+    else:
+        classifiers.fit_features(*args)
+    net = model.two_view({"arch": "s3d", "width": 0.125, "hidden": 8, "pool": "avg", "method": "goca", "seed": 0},
+                         torch.eye(4))
+    fine = classifiers.Classifier({"rgb": net.backbones["rgb"]}, 128, 3, classifiers.FINETUNE["vicc"], frozen=False)
+    with pytest.raises(BadInput, match="--batch-size 1"):
+        classifiers.check_batch(fine, 1)
+    classifiers.check_batch(fine, 2)
 
 
 def test_probability_fusion_is_the_mean_of_two_classifiers():

@@ -17,6 +17,7 @@ from support.classifiers import LINEAR
 from support.datasets import read_split
 from support.errors import BadInput
 from support.files import load_arrays, save_arrays
+from support.reporting import mean_of_splits
 from support.stores import FlowStore
 
 
@@ -237,7 +238,7 @@ def test_several_splits_and_their_mean(tiny, monkeypatch, tmp_path):
     assert set(out["splits"]) == {"1", "2"} and out["protocol"]["split"] == [1, 2]
     assert out["results"]["rgb"]["R@1"] == 100
     a, b = {"rgb": {"R@1": 20, "R@1 standard error": 3}}, {"rgb": {"R@1": 40, "R@1 standard error": 4}}
-    assert evaluate.mean_of_splits([a, b]) == {"rgb": {"R@1": 30, "R@1 standard error": 2.5}}
+    assert mean_of_splits([a, b]) == {"rgb": {"R@1": 30, "R@1 standard error": 2.5}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,3 +340,12 @@ def test_no_file_of_features_of_nothing(tiny, tmp_path, monkeypatch, capsys):
     with pytest.raises(BadInput, match="none of the 20 split1-train videos can be read; the first: no video"):
         command(tiny, "features", *UNTRAINED, "--features", str(tmp_path / "f"), "--workers", "0")
     assert "written" not in capsys.readouterr().out and not list((tmp_path / "f").glob("*.npz"))
+
+
+# --- bad input of several processes ----------------------------------------------------------------------------------
+@pytest.mark.parametrize(("flags", "words"), [(["--flow", "nowhere"], "nowhere is no flow store"),
+                                              (["--stride", "0"], "--stride 0: must be above 0")])
+def test_bad_input_is_printed_by_one_process(tiny, flags, words):
+    """Found by each for itself, before the processes meet and after."""
+    out = in_two_processes("retrieval", *tiny.common(), *UNTRAINED, *flags, status=1)
+    assert out.stderr.count(words) == 1  # torchrun adds a traceback of its own

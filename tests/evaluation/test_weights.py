@@ -1,5 +1,5 @@
 """Other people's files, built here from their published key names and shapes, against forward passes written from those
-names; our own export, and the README's example of its use."""
+names; our own export, and the example of its use in docs/evaluation.md."""
 
 import argparse
 import json
@@ -351,8 +351,8 @@ def test_an_export_is_the_run(tiny, tmp_path, capsys):
         load(out)
 
 
-def test_the_readme_s_example_of_features(tiny, tmp_path, monkeypatch):
-    code = re.search(r"```python\n(import torch\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+def test_the_documentation_s_example_of_features(tiny, tmp_path, monkeypatch):
+    code = re.search(r"```python\n(import torch\n.*?)```", (ROOT / "docs" / "evaluation.md").read_text(), re.DOTALL)[1]
     run = run_of(tmp_path)
     export(run, tmp_path / "goca.pt")
     (tmp_path / "flow").mkdir()
@@ -360,7 +360,7 @@ def test_the_readme_s_example_of_features(tiny, tmp_path, monkeypatch):
     (tmp_path / "my_videos").symlink_to(tiny.videos)
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(compile(code, "README.md", "exec"), names)  # our own README
+    exec(compile(code, "evaluation.md", "exec"), names)  # our own page
     evaluated(tiny, tmp_path, "features", "--weights", "goca.pt")
     seen = set()
     for file in (tmp_path / "features").glob("*.npz"):  # of the training and of the test list

@@ -244,7 +244,7 @@ def gradients_of(method, videos, more):
     in_double()
     s = pretrain.arguments(["--videos", "v", "--flow", "f", "--prototypes", "p", "--out", "o", "--width", "0.125",
                             "--hidden", "16", "--method", method, *more])
-    rank, world, guided = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), method == "goca"
+    rank, world, guided = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), (method == "goca",) * 2
     frozen = "flow" if method == "vicc" else None
 
     def net():

@@ -22,28 +22,18 @@ class Reached(Exception):
 
 
 def made(tiny, tmp_path, monkeypatch, *more, world=1):
-    """What pretrain.py makes of its arguments -> the TrainClips, the arguments of Batches, the optimizer, the net."""
-    seen, make = SimpleNamespace(), pretrain.make_optimizer
+    """What pretrain.py makes of its arguments -> TrainClips, EpochBatches, optimizer, net, the first step."""
+    seen = SimpleNamespace()
 
-    def clips(*args, real=data.TrainClips, **kwargs):
-        seen.clips = real(*args, **kwargs)
-        return seen.clips
-
-    def optimizer(net, s):
-        seen.net, seen.optimizer = net, make(net, s)
-        return seen.optimizer
-
-    def batches(*args, **kwargs):
-        seen.batches = args, kwargs
+    def run(process, net, optimizer, statistics, clips, batches, *args, start, **kwargs):
+        seen.net, seen.optimizer, seen.clips, seen.batches, seen.start = net, optimizer, clips, batches, start
         raise Reached
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "TrainClips", clips)
-        patch.setattr(pretrain, "make_optimizer", optimizer)
-        patch.setattr(data, "EpochBatches", batches)
+        patch.setattr(pretrain, "Run", run)
         s = pretrain.arguments(command(tiny, "--out", str(tmp_path / "run"), *more))
         with pytest.raises(Reached):
-            pretrain.train_in(torch.device("cpu"), 0, world, s)
+            pretrain.train_in((torch.device("cpu"), 0, world), s)
     return seen
 
 
@@ -76,14 +66,14 @@ def weights(out):
     return load_checkpoint(out)["model"]
 
 
-def poisoned(monkeypatch, steps):
+def poisoned(monkeypatch, steps, view="rgb"):
     """Let the clips of some steps (from 0) be NaN."""
     original, count = data.augment, iter(range(1000))
 
     def augment(batch, device):
         clips = original(batch, device)
         if next(count) in steps:
-            clips[0]["rgb"].fill_(float("nan"))
+            clips[0][view].fill_(float("nan"))
         return clips
 
     monkeypatch.setattr(data, "augment", augment)

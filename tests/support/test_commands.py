@@ -1,10 +1,9 @@
-"""What the commands say of themselves: usage, defaults, devices that are not there; the links of README."""
+"""What the commands say of themselves: usage, defaults, devices that are not there."""
 
 import re
 
 import pytest
 import torch
-from helpers.paths import ROOT
 
 import evaluate
 import flow
@@ -64,10 +63,3 @@ def test_devices_of_the_bench(module, monkeypatch, capsys):
     with pytest.raises(SystemExit) as e:
         module.main()
     assert e.value.code == 2 and "invalid choice: 'abacus'" in capsys.readouterr().err
-
-
-def test_links_within_the_readme_have_a_heading():
-    text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    heads = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
-    links = set(re.findall(r"\]\(#([^)]+)\)", text))
-    assert links and not links - heads

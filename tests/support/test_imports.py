@@ -10,7 +10,8 @@ FILES = sorted(p for pattern in ("*.py", "support/*.py", "experiments/**/*.py") 
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 STAGES = {"flow", "prototypes", "pretrain", "evaluate", "search"}
 METHOD = {"goca", "tvl1"}
-ABOUT_NETWORKS = {"features", "inference", "classifiers", "weights"}  # their subject is data and model
+# their subject is data and model
+ABOUT_NETWORKS = {"features", "inference", "classifiers", "weights", "training_flags"}
 
 
 def module(path):

@@ -17,7 +17,9 @@ def test_processes_agree_on_signals_and_timers_at_once_or_a_step_late(forked, tm
 
 
 def test_one_process_agrees_with_itself():
-    assert MaxOverRanks(torch.device("cpu"), 1)(15, True) == [15, True]
+    assert MaxOverRanks(torch.device("cpu"), 1)(15, True, torch.tensor(3)) == [15, True, 3]
+    late = MaxOverRanks(torch.device("cpu"), 1, late=True)  # as on a GPU
+    assert [late(n, torch.tensor(10 * n)) for n in (1, 2, 3)] == [[0, 0], [1, 10], [2, 20]]
 
 
 @pytest.mark.parametrize("error", [

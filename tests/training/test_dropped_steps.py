@@ -6,11 +6,12 @@ from helpers.training import log, poisoned, run, weights
 
 import model
 from support.errors import BadInput
-from support.optim import LARS, AdamW, check_weights, step_if_finite
+from support.optim import LARS, SGD, Adam, AdamW, check_weights, step_if_finite
 
 
-@pytest.mark.parametrize("make", [lambda p: LARS(p, 0.5), lambda p: AdamW(p, 0.1, (0.9, 0.99), 0.1)],
-                         ids=["lars", "adamw"])
+@pytest.mark.parametrize("make", [lambda p: LARS(p, 0.5), lambda p: AdamW(p, 0.1, (0.9, 0.99), 0.1),
+                                  lambda p: SGD(p, 0.5, 0.9, 0.1), lambda p: Adam(p, 0.1, 0.1)],
+                         ids=["lars", "adamw", "sgd", "adam"])
 def test_weights_and_momenta_keep_their_bits(make):
     net = torch.nn.Sequential(torch.nn.Conv3d(2, 3, 2), torch.nn.BatchNorm3d(3)).to(
         memory_format=torch.channels_last_3d)
@@ -33,6 +34,22 @@ def test_weights_and_momenta_keep_their_bits(make):
     dropped, same = step([net[0].bias])
     assert not dropped and all(torch.equal(a, b) for a, b in zip(state, same, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(state, step()[1], strict=True))
+
+
+@pytest.mark.parametrize("fused, plain", [
+    (lambda p: SGD(p, 0.5, 0.9, 0.1), lambda p: torch.optim.SGD(p, 0.5, 0.9, weight_decay=0.1)),
+    (lambda p: Adam(p, 0.1, 0.1), lambda p: torch.optim.Adam(p, 0.1, weight_decay=0.1))], ids=["sgd", "adam"])
+def test_fused_optimizers_go_on_from_the_state_of_torch_s_own(fused, plain):
+    w = torch.nn.Parameter(torch.tensor([3.0, -4.0]))
+    v = torch.nn.Parameter(w.detach().clone())
+    one, other = plain([w]), fused([v])
+    for step in range(4):
+        w.grad, v.grad = torch.tensor([0.5, step]), torch.tensor([0.5, step])
+        if step == 2:
+            other.load_state_dict(one.state_dict())
+        one.step(), step_if_finite(other)
+        torch.testing.assert_close(v, w)
+    assert other.param_groups[0]["fused"]
 
 
 def test_running_statistics_go_back_to_those_of_the_last_good_step():
@@ -66,7 +83,7 @@ def test_steps_of_several_batches_are_counted_as_steps(tiny, tmp_path, monkeypat
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     net = torch.nn.BatchNorm3d(2)
-    check_weights(net, 3, tmp_path)
+    check_weights(net, 3, tmp_path / "checkpoint.pt")
     net.running_var[0] = torch.nan
     with pytest.raises(BadInput, match="step 3 is not saved: running_var not finite; nothing had been saved"):
-        check_weights(net, 3, tmp_path)
+        check_weights(net, 3, tmp_path / "checkpoint.pt")

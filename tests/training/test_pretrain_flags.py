@@ -11,9 +11,11 @@ from helpers.training import fake_clips, made, settings, train
 import goca
 import model
 import pretrain
-from support.batch_norm import GlobalBatchNorm
+from support.batch_norm import GlobalBatchNorm, synchronisation, synchronise_batch_norm
 from support.checkpoints import load_checkpoint, save_run
+from support.errors import BadInput
 from support.optim import LARS
+from support.training_flags import parser
 
 
 # --- the method ------------------------------------------------------------------------------------------------------
@@ -51,13 +53,13 @@ def test_the_guided_loss_is_that_of_a_hand_built_assignment(impl, sign):
         pytest.skip("the extension isn't built")
     scores = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)).tanh()
     loss = goca.guided_loss(scores, **NUMBERS, prior_sign=sign, impl=impl)
-    torch.testing.assert_close(loss.double(), by_hand(scores, "goca", **NUMBERS, prior_sign=sign))
+    torch.testing.assert_close(loss.double(), by_hand(scores, "goca", **NUMBERS, prior_sign=sign), rtol=1e-5, atol=1e-6)
     batch = torch.cat([scores, torch.randn(2, 3, 2, 7).tanh()], dim=2)  # of two processes, of 3 and of 4 rows
     parts = [goca.guided_loss(batch[:, :, rows].contiguous(), **NUMBERS, prior_sign=sign, impl=impl,
                               batch_scores=batch[:, :2].contiguous(), first_row=rows.start)
              for rows in (slice(0, 3), slice(3, 7))]
     mean = (3 * parts[0] + 4 * parts[1]) / 7
-    torch.testing.assert_close(mean.double(), by_hand(batch, "goca", **NUMBERS, prior_sign=sign))
+    torch.testing.assert_close(mean.double(), by_hand(batch, "goca", **NUMBERS, prior_sign=sign), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("method", "sign"), [("goca", 1), ("goca", -1), ("sep", 1), ("vicc", 1)])
@@ -71,11 +73,11 @@ def test_a_step_s_loss_takes_every_number_from_its_flag(method, sign, impl, monk
         pytest.skip("the extension isn't built")
     s = settings(method=method, arch="r2plus1d18", width=0.125, hidden=16, prior_sign=sign, **NUMBERS)
     net, clips = model.two_view(vars(s), torch.randn(12, 6)), fake_clips(4)
-    loss, batch_scores, _ = pretrain.step_loss(net, clips, s, guided=method == "goca")
+    loss, batch_scores, *_ = pretrain.step_loss(net, clips, s, (method == "goca",) * 2)
     scores = net.scores(net(clips)).detach()  # training mode: batch statistics, so the same features again
     expected = by_hand(scores, method, **NUMBERS, prior_sign=sign)
     torch.testing.assert_close(loss.detach().double(), expected, rtol=1e-4, atol=1e-5)
-    logged = pretrain.assign(batch_scores, s, method == "goca")  # what the log describes
+    logged = pretrain.assign(batch_scores, s, (method == "goca",) * 2)  # what the log describes
     own = assigned(scores[0, 1], None, 0.2, 0, 2)
     if method == "goca":
         own = assigned(scores[0, 1], assigned(scores[1, 1], None, 0.2, 0, 2), 0.2, sign * 0.3, 2)
@@ -90,8 +92,8 @@ def test_a_step_s_loss_takes_every_number_from_its_flag(method, sign, impl, monk
     ("--scale", (1.5, 2.5), lambda m: m.clips.scale), ("--time-limit", 9.0, lambda m: m.clips.time_limit),
     ("--size", 24, lambda m: m.clips.size), ("--frames", 6, lambda m: m.clips.lengths["long"][1]),
     ("--short-crops", 3, lambda m: len(m.clips.lengths["short"])), ("--cache", None, lambda m: m.clips.cache == {}),
-    ("--batch-size", 4, lambda m: m.batches[0][1]), ("--epochs", 9, lambda m: m.batches[0][2]),
-    ("--seed", 3, lambda m: m.batches[0][3]), ("--keep-last", None, lambda m: m.batches[1]["keep_last"]),
+    ("--batch-size", 4, lambda m: m.batches.batch_size), ("--epochs", 9, lambda m: m.batches.epochs),
+    ("--seed", 3, lambda m: m.batches.seed), ("--keep-last", None, lambda m: m.batches.rest == 4),
     ("--recompute", None, lambda m: all(b.recompute for b in m.net.backbones.values())),
     ("--width", 0.25, lambda m: m.net.backbones["rgb"].feature_dim / 512),
     ("--heads", 2, lambda m: len(m.net.heads)), ("--hidden", 24, lambda m: m.net.heads[0][0].out_features),
@@ -126,6 +128,71 @@ def test_batch_norm_is_that_of_all_processes_unless_told_otherwise(tiny, tmp_pat
     net = made(tiny, tmp_path, monkeypatch, *more, world=world).net
     norms = [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     assert len(norms) > 20 and {isinstance(m, GlobalBatchNorm) for m in norms} == {synchronised}
+
+
+@pytest.mark.parametrize(("flags", "kind"), [
+    ([], "auto"), (["--sync-batch-norm"], "auto"), (["--no-sync-batch-norm"], "none"),
+    (["--sync-batch-norm", "own"], "own"), (["--sync-batch-norm", "torch"], "torch")])
+def test_old_and_new_ways_to_ask_for_synchronised_batch_norm(flags, kind):
+    s = pretrain.arguments([*flags, "--videos", "v", "--flow", "f", "--prototypes", "p", "--out", "o"])
+    assert s.sync_batch_norm == kind
+
+
+def test_which_synchronised_batch_norm_is_taken():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [synchronisation(flag, gpu) for flag in ("auto", "torch", "own")] == ["torch", "torch", "own"]
+    assert [synchronisation(flag, cpu) for flag in ("auto", "own")] == ["own", "own"]
+    with pytest.raises(BadInput, match=r"--sync-batch-norm torch: torch\.nn\.SyncBatchNorm works on GPUs alone"):
+        synchronisation("torch", cpu)
+    net = torch.nn.Sequential(torch.nn.Conv3d(2, 3, 1), torch.nn.BatchNorm3d(3))
+    weight, buffers = net[1].weight, dict(net[1].named_buffers())
+    net = synchronise_batch_norm(net, "torch")
+    assert isinstance(net[1], torch.nn.SyncBatchNorm) and net[1].weight is weight
+    assert all(dict(net[1].named_buffers())[name] is b for name, b in buffers.items())
+
+
+# --- what is said of flags -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--method", "sep", "--lambda2", "0.01"], "--lambda2 0.01 has no effect with --method sep"),
+    (["--method", "vicc", "--lead", "flow", "--lead-epochs", "3"], "--lead flow has no effect with --method vicc"),
+    (["--method", "avg", "--guide-start", "3"], "--guide-start 3 has no effect with --method avg"),
+    (["--method", "sview", "--prior-sign", "-1"], "--prior-sign -1 has no effect with --method sview"),
+    (["--alternate", "3"], "--alternate 3 has no effect with --method goca"),
+    (["--optimizer", "adamw", "--trust", "0.1"], "--trust 0.1 has no effect with --optimizer adamw"),
+    (["--short-crops", "0", "--short-frames", "32"], "--short-frames 32 has no effect with --short-crops 0"),
+    (["--guide-start", "500"], "--guide-start 500 is not reached in --epochs 500"),
+    (["--epochs", "8"], "--warmup-epochs 10 is cut to 4, half of --epochs 8"),
+    (["--method", "vicc", "--alternate", "3"], None), (["--method", "goca", "--lambda2", "0.01"], None)])
+def test_flags_without_effect_are_said(capsys, monkeypatch, flags, words):
+    argv = [*flags, "--videos", "v", "--flow", "f", "--prototypes", "p", "--out", "o"]
+    s = pretrain.arguments(argv)
+    said = capsys.readouterr().out
+    assert f"note: {words}" in said if words else said == ""
+    assert s.warmup_epochs == min(10, s.epochs // 2)
+    monkeypatch.setenv("RANK", "1")
+    pretrain.arguments(argv)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("flags", [["--lead", "flow"], ["--lead-epochs", "3"]])
+def test_half_of_leading_is_refused(flags):
+    with pytest.raises(BadInput, match="leading takes both, a view and for how long"):
+        pretrain.arguments([*flags, "--videos", "v", "--flow", "f", "--prototypes", "p", "--out", "o"])
+
+
+def test_help_shows_what_a_reader_of_the_paper_sets_and_help_all_the_rest(capsys):
+    flags = {}
+    for which in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as e:
+            pretrain.arguments([which])
+        assert e.value.code == 0
+        text = capsys.readouterr().out
+        flags[which] = {line.split()[0] for line in text.splitlines() if line.startswith("  --")}
+        assert "SUPPRESS" not in text
+    assert 20 <= len(flags["--help"]) <= 28 and {"--lambda1", "--epochs", "--plan"} <= flags["--help"]
+    assert flags["--help"] < flags["--help-all"]
+    every = {a.option_strings[-1] for a in parser(True)._actions} - {"--help", "--no-sync-batch-norm"}
+    assert flags["--help-all"] == every
 
 
 def test_a_split_trains_on_the_videos_of_its_own_list_alone(tiny, tmp_path, monkeypatch):

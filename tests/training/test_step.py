@@ -55,7 +55,7 @@ def test_step_loss_is_the_methods_formula(method):
     s = settings(method=method, width=0.125, hidden=16, lambda1=0.05, lambda2=0.04)
     net = model.two_view(vars(s), torch.randn(12, 6))
     clips = fake_clips(4)
-    loss, *_ = pretrain.step_loss(net, clips, s, guided=method == "goca")
+    loss, *_ = pretrain.step_loss(net, clips, s, (method == "goca",) * 2)
     scores = net.scores(net(clips)).detach()  # training mode: batch statistics, so the same features again
     plain = goca.assign(scores[:, :2], 0.05, impl="reference")
     if method == "goca":
@@ -74,7 +74,7 @@ def test_vicc_predicts_each_assignment_from_all_other_crops():
     s = settings(method="vicc", width=0.125, hidden=16, lambda1=0.05)
     net = model.two_view(vars(s), torch.randn(12, 6))
     clips = fake_clips(4)
-    loss, *_ = pretrain.step_loss(net, clips, s, False, frozen="flow")
+    loss, *_ = pretrain.step_loss(net, clips, s, (False, False), frozen="flow")
     scores = net.scores(net(clips)).detach()
     d, log_g = goca.assign(scores[:, :2], 0.05, impl="reference").exp(), torch.log_softmax(scores / 0.1, -1)
     terms = [-(d[g, a] * log_g[h, v]).sum(-1).mean() for g in range(2) for a in range(2) for h in range(2)
@@ -108,7 +108,35 @@ def test_gradients_are_right_in_the_default_precision(device):
 def test_vicc_views_take_turns():
     s = settings(method="vicc", alternate=3)
     assert [pretrain.schedule(epoch * 7, 7, s) for epoch in (0, 2, 3, 5, 6)] == [
-        (False, "flow"), (False, "flow"), (False, "rgb"), (False, "rgb"), (False, "flow")]
+        ((False, False), view) for view in ("flow", "flow", "rgb", "rgb", "flow")]
+
+
+@pytest.mark.parametrize(("lead", "led"), [("flow", (True, False)), ("rgb", (False, True)), ("none", (True, True))])
+def test_the_leader_s_own_prior_is_off_while_it_leads(lead, led):
+    s = settings(lead=lead, lead_epochs=3, guide_start=1)
+    assert [pretrain.schedule(epoch * 7 + 6, 7, s)[0] for epoch in range(5)] == [
+        (False, False), led, led, (True, True), (True, True)]
+    assert pretrain.schedule(0, 7, settings())[0] == (True, True)  # the paper
+    assert pretrain.schedule(0, 7, settings(method="sep", lead=lead, lead_epochs=3))[0] == (False, False)
+
+
+@pytest.mark.parametrize("prior_views", [(True, False), (False, True)])
+def test_a_led_step_s_loss_is_the_formula(prior_views):
+    """The leader is assigned by Eq. 5, the led view by Eq. 6 with the leader's assignment as its prior."""
+    s = settings(width=0.125, hidden=16, lambda1=0.05, lambda2=0.04)
+    net, clips = model.two_view(vars(s), torch.randn(12, 6)), fake_clips(4)
+    loss, batch_scores, _, scores = pretrain.step_loss(net, clips, s, prior_views)
+    plain = goca.assign(scores[:, :2], 0.05, impl="reference")
+    led = 0 if prior_views[0] else 1
+    log_d = plain.clone()
+    log_d[led] = goca.assign(scores[led, :2], 0.05, log_prior=plain[1 - led], lambda2=0.04, impl="reference")
+    torch.testing.assert_close(loss.detach(), goca.swapped_loss(scores, log_d, impl="reference"))
+    logged = pretrain.assign(batch_scores, s, prior_views)
+    torch.testing.assert_close(logged.exp(), log_d.exp(), rtol=1e-4, atol=1e-5)
+    by_view = pretrain.loss_by_view(scores, logged, s, None)
+    for g, view in enumerate(model.VIEWS):
+        expected = goca.swapped_loss(scores[g:g + 1], log_d[g:g + 1], impl="reference")
+        assert by_view[f"loss_{view}"] == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_two_heads_are_two():
@@ -123,7 +151,7 @@ def test_recomputing_activations_changes_nothing_but_memory():
         backbone.recompute = True
     clips = fake_clips(4)
     for net in nets:
-        pretrain.step_loss(net, clips, s, True)[0].backward()
+        pretrain.step_loss(net, clips, s, (True, True))[0].backward()
     for (name, a), b in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
     for (name, a), b in zip(nets[0].named_buffers(), nets[1].buffers(), strict=True):
@@ -133,8 +161,8 @@ def test_recomputing_activations_changes_nothing_but_memory():
 
 def test_prior_sign_reaches_the_assignment():
     scores = torch.randn(2, 2, 6, 5).tanh()
-    plus, minus = (pretrain.assign(scores, settings(prior_sign=p), True) for p in (1, -1))
-    plain = pretrain.assign(scores, settings(), False)
+    plus, minus = (pretrain.assign(scores, settings(prior_sign=p), (True, True)) for p in (1, -1))
+    plain = pretrain.assign(scores, settings(), (False, False))
     assert not torch.allclose(plus, minus)
     overlap = lambda d: (d.exp() * plain.flip(0).exp()).sum()  # noqa: E731  with the other view's assignment
     assert overlap(minus) < overlap(plain) < overlap(plus)
@@ -144,13 +172,13 @@ def test_sview_views_do_not_touch_each_other():
     s = settings(method="sview", width=0.125, hidden=16)
     net = model.two_view(vars(s), torch.randn(12, 6))
     clips = fake_clips(4)
-    loss, *_ = pretrain.step_loss(net, clips, s, guided=False)
+    loss, *_ = pretrain.step_loss(net, clips, s, (False, False))
     loss.backward()
     grads = [p.grad.clone() for p in net.backbones["rgb"].parameters()]
     net.zero_grad()
     for c in clips:
         c["flow"] = c["flow"] * 3 + 1
-    pretrain.step_loss(net, clips, s, guided=False)[0].backward()
+    pretrain.step_loss(net, clips, s, (False, False))[0].backward()
     for a, p in zip(grads, net.backbones["rgb"].parameters(), strict=True):
         torch.testing.assert_close(a, p.grad, rtol=1e-3, atol=1e-6)
 
@@ -168,6 +196,9 @@ def test_describe_by_hand():
     assert out["entropy"] == pytest.approx(-sum(x * math.log(x) for x in p))
     # the poorer view has six times the one feature and twice the other, in both crops together
     assert out["rank"] == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
+    assert out["effective_rank_rgb"] == out["rank"] and out["effective_rank_flow"] == pytest.approx(4)
+    assert (out["prototypes_in_use_rgb"], out["prototypes_in_use_flow"]) == (3, 3)
+    assert out["entropy_rgb"] == pytest.approx(out["entropy"]) == out["entropy_flow"]
     out = pretrain.describe(torch.full((2, 2, 4, 7), -math.log(7)), torch.ones(2, 2, 4, 4))
     assert out["entropy"] == pytest.approx(math.log(7)) and out["rank"] == pytest.approx(1)
 
@@ -185,7 +216,8 @@ def test_nothing_in_a_step_asks_for_a_value(method, monkeypatch):
                  for view, c in model.CHANNELS.items()}
         data._augment_in_torch({**batch, "params": torch.zeros(8, 6)}, clips)
         clips = [{view: x.unflatten(0, (4, 2)) for view, x in clips.items()}]
-        loss, *_ = pretrain.step_loss(net, clips, s, method == "goca", frozen="flow" if method == "vicc" else None)
+        frozen = "flow" if method == "vicc" else None
+        loss, *_ = pretrain.step_loss(net, clips, s, (method == "goca",) * 2, frozen)
         loss.backward()
         finite = step_if_finite(optimizer)
         net.renormalise(finite)

@@ -58,4 +58,4 @@ def test_bad_input_is_said_by_one_process(tiny, tmp_path):
                            str(29500 + os.getpid() % 200), str(ROOT / "pretrain.py"), *command(tiny, "--lambda1", "0"),
                            "--out", str(tmp_path / "run")], capture_output=True, text=True)
     assert done.returncode == 1  # torchrun's own
-    assert done.stderr.count("error: --lambda1 0.0: must be above 0") == 1
+    assert done.stderr.count("error: --lambda1: 0 must be a number above 0") == 1

@@ -47,7 +47,7 @@ def test_the_log_knows_what_it_waited_for_and_how_fast_it_is(monkeypatch, capsys
 
         assert next(log.timed(loader())) == "batch"
         clock.now += computed
-        log.add(torch.tensor(2.0), torch.tensor(True), [""], 8)
+        log.add(torch.tensor(2.0), [""], 8)
         log.line(step, values)
     lines = log_lines(tmp_path)
     assert [(line["data_wait"], line["samples_per_s"]) for line in lines] == [(0.75, 2.0), (0.0, 8.0)]
@@ -69,22 +69,68 @@ def test_the_plan_leaves_out_the_first_step_and_counts_all_processes(monkeypatch
                                        f"written\n")
 
 
+def test_a_plan_of_long_steps_times_one_and_says_what_helps_on_a_cpu(monkeypatch, capsys):
+    clock = Clock()
+    monkeypatch.setattr(training_log, "time", clock)
+    log = training_log.Log(Path("run"), settings(), 0, 1, 0, 100, 2, 1.0)
+    clock.now += 36
+    assert log.planned(1, "cpu")
+    said = capsys.readouterr().out
+    assert "a step takes 36.00 s, timed on the first one alone, all that are left 1:00:00 and 1.0 process-hours" in said
+    assert "@presets/cpu, or a smaller --size, --frames, --width and --batch-size, and --short-crops 0" in said
+
+
 # --- collapse --------------------------------------------------------------------------------------------------------
-WELL = {"epoch": 3.0, "loss": 4.0, "rank": 9.0, "prototypes_in_use": 80}
+WELL = {"epoch": 3.0, "loss": 4.0, "rank": 9.0, "prototypes_in_use": 80, "effective_rank_rgb": 9.0,
+        "effective_rank_flow": 12.0, "prototypes_in_use_rgb": 60, "prototypes_in_use_flow": 70}
 LN_N = math.log(100)
 
 
-@pytest.mark.parametrize(("line", "words"), [
-    ({}, None), ({"loss": 0.98 * LN_N}, None), ({"loss": 0.995 * LN_N}, "is not below ln N"),
-    ({"loss": 1.2 * LN_N}, "is above ln N"),
-    ({"rank": 2.1}, None), ({"rank": 1.9}, "rank"), ({"prototypes_in_use": 21}, None),
-    ({"prototypes_in_use": 20}, "in use, of 80 before"), ({"prototypes_in_use": 3}, "in use, of 80 before"),
-    ({"epoch": 2.0, "loss": LN_N, "rank": 1.0, "prototypes_in_use": 1}, None)])  # the warm-up
-def test_each_sign_of_collapse_is_said_beyond_its_threshold(line, words):
-    log = new_log(warmup_epochs=2)
+def warnings(line, **settings):
+    """What a log of 500 epochs, 2 of them warm-up, says of a line that stays for 60 epochs."""
+    log = new_log(warmup_epochs=2, **settings)
     assert not list(log.collapse(WELL))
-    said = list(log.collapse({**WELL, **line}))
+    return [message for epoch in range(3, 63) for message in log.collapse({**WELL, "epoch": epoch, **line})]
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ({}, None), ({"loss": 0.98 * LN_N}, None), ({"loss": 0.995 * LN_N}, "stays at ln N"),
+    ({"loss": 1.2 * LN_N}, "is above ln N"),
+    ({"effective_rank_rgb": 2.1}, None), ({"effective_rank_rgb": 1.9}, "the features of rgb have collapsed"),
+    ({"effective_rank_flow": 1.9}, "the features of flow have collapsed"), ({"prototypes_in_use": 21}, None),
+    ({"prototypes_in_use": 20}, "in use (60 in rgb, 70 in flow), of 80 before"),
+    ({"prototypes_in_use": 3}, "in use (60 in rgb, 70 in flow), of 80 before"),
+    ({"epoch": 2.0, "loss": LN_N, "effective_rank_rgb": 1.0, "prototypes_in_use": 1}, None)])  # the warm-up
+def test_each_sign_of_collapse_is_said_once_beyond_its_threshold(line, words):
+    said = warnings(line)
     assert len(said) == (words is not None) and all(words in message for message in said)
+
+
+@pytest.mark.parametrize(("line", "patience"), [
+    ({"loss": LN_N}, 50), ({"effective_rank_rgb": 1.0}, 50), ({"loss": 2 * LN_N}, 0), ({"prototypes_in_use": 1}, 0)])
+def test_where_every_run_starts_is_said_only_where_it_lasts(line, patience):
+    """A tenth of the epochs; a sign that went away begins anew, also across a stop."""
+    log = new_log(warmup_epochs=2)
+    for epoch in range(1, 52):
+        said = list(log.collapse({**WELL, **line, "epoch": epoch}))
+        assert bool(said) == (patience == 0 and epoch == 3)
+    list(log.collapse({**WELL, "epoch": 52}))
+    log = new_log(log.state(), warmup_epochs=2)
+    first = [epoch for epoch in range(53, 200) if list(log.collapse({**WELL, **line, "epoch": epoch}))]
+    assert first == ([103] if patience else [])
+    again = new_log(log.state(), warmup_epochs=2)
+    assert not list(again.collapse({**WELL, **line, "epoch": 300}))
+
+
+def test_a_warning_names_the_fault_and_what_helps():
+    rgb = {"effective_rank_rgb": 1.2}
+    assert "flow has learned and this view not: a lower --lr and more --epochs, or --lead flow --lead-epochs E" in \
+        warnings(rgb)[0]
+    assert "effective rank 1.2 since epoch 3" in warnings(rgb)[0]
+    assert "--lead flow with more --lead-epochs" in warnings(rgb, lead="flow")[0]
+    assert "--lead" not in warnings(rgb, method="sep")[0]
+    both = warnings({**rgb, "effective_rank_flow": 1.3})
+    assert len(both) == 2 and all("so have the other view's" in words and "--guide-start" in words for words in both)
 
 
 def test_one_or_two_prototypes_are_a_collapse_even_from_the_start_and_the_most_ever_is_kept():
@@ -121,7 +167,7 @@ def stopped_after(monkeypatch, tiny, out, steps):
 
 
 def test_bad_steps_are_counted_across_a_stop(tiny, tmp_path, monkeypatch, capsys):
-    """Three before it and one after are four of them in all; three before and three after are six in a row."""
+    """Three before it and one after are four of them in all; three before and two after are five in a row."""
     real = data.augment
     poisoned(monkeypatch, {0, 1, 2})
     stopped_after(monkeypatch, tiny, tmp_path / "run", 3)
@@ -135,8 +181,8 @@ def test_bad_steps_are_counted_across_a_stop(tiny, tmp_path, monkeypatch, capsys
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / "checkpoint.pt").write_bytes(stopped)
     monkeypatch.setattr(data, "augment", real)
-    poisoned(monkeypatch, {0, 1, 2})  # the steps to the next line of the log
-    with pytest.raises(BadInput, match="not finite in the last 6 steps"):
+    poisoned(monkeypatch, {0, 1})  # noticed before the next line of the log, at step 6
+    with pytest.raises(BadInput, match="not finite in the last 5 steps before step 5"):
         train(tiny, tmp_path / "again")
 
 
@@ -145,9 +191,9 @@ def test_bad_steps_are_counted_across_a_stop(tiny, tmp_path, monkeypatch, capsys
                                                        (0.01, 20, 1), (1, 5, 5)])
 def test_the_share_of_unreadable_videos_that_stops_a_run(share, videos, most):
     log = new_log(max_faults=share)
-    log.add(torch.tensor(1.0), torch.tensor(True), [f"{k}.avi is empty" for k in range(most)], 8)
+    log.add(torch.tensor(1.0), [f"{k}.avi is empty" for k in range(most)], 8)
     assert log.too_many_faults(videos) is None
-    log.add(torch.tensor(1.0), torch.tensor(True), ["", "0.avi is empty", "one.avi is empty"], 8)
+    log.add(torch.tensor(1.0), ["", "0.avi is empty", "one.avi is empty"], 8)
     said = log.too_many_faults(videos)
     assert said.startswith(f"{most + 1} of {videos} videos could not be read, more than --max-faults {share:g} allows")
     assert "the first: 0.avi is empty" in said
@@ -160,13 +206,13 @@ def test_unreadable_videos_of_all_processes_count_once_and_across_a_stop(monkeyp
     monkeypatch.setattr(training_log.dist, "all_gather_object", gather)
     monkeypatch.setattr(training_log.dist, "all_reduce", lambda losses: losses.mul_(2))
     log = new_log(world=2, max_faults=0.1)
-    log.add(torch.tensor(1.5), torch.tensor(True), ["a", "", "b"], 8)
+    log.add(torch.tensor(1.5), ["a", "", "b"], 8)
     assert capsys.readouterr().err.count("skipped: ") == 2
     state = log.state()
     assert state["faults"] == ["a", "b", "c"] and state["losses"].tolist() == [1.5]
     assert log.too_many_faults(30) is None and "3 of 29" in log.too_many_faults(29)
     again = new_log(state, max_faults=0.1)
-    again.add(torch.tensor(1.0), torch.tensor(True), ["c"], 8)
+    again.add(torch.tensor(1.0), ["c"], 8)
     assert "skipped" not in capsys.readouterr().err and "3 of 29" in again.too_many_faults(29)
 
 
@@ -204,7 +250,7 @@ def test_what_may_change_when_a_run_is_continued(tiny, run, tmp_path, monkeypatc
     flags = ["--epochs", "2", "--out", str(run / ("apart" if "--no-sync-batch-norm" in more else "run")), "--splits",
              str(tmp_path), *more]
     if words is None:
-        assert made(tiny, tmp_path, monkeypatch, *flags, world=world).batches[1]["start"] == 4
+        assert made(tiny, tmp_path, monkeypatch, *flags, world=world).start == 4
         return
     with pytest.raises(BadInput, match=rf"was trained with other settings \(.*{words}"):
         made(tiny, tmp_path, monkeypatch, *flags, world=world)

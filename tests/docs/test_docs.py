@@ -1,0 +1,125 @@
+"""README and docs: all that they name exists, their examples run, and the README stays short."""
+
+import pytest
+from helpers.documentation import Page, expanded, problems
+from helpers.evaluation import checkpoint
+from helpers.paths import ROOT
+
+import model
+from support import datasets
+from support.weights import export
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results" / "README.md"]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)  # @presets/FILE is read from there
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_all_that_a_page_names_exists(path):
+    assert problems(Page(path)) == []
+
+
+def test_the_readme_is_short_and_so_are_its_pictures():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 220
+    assert len(text.encode()) <= 16 * 1024
+    pictures = [p for p in (ROOT / "docs").iterdir() if p.suffix != ".md"]
+    assert pictures
+    for picture in pictures:
+        assert picture.stat().st_size < 200_000, picture
+        assert f"docs/{picture.name}" in text, f"{picture.name} is shown nowhere"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The examples
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def workplace(tiny, tmp_path_factory):
+    """A folder with what the examples name: my_videos, its flow and lists, an export."""
+    root = tmp_path_factory.mktemp("examples")
+    (root / "my_videos").symlink_to(tiny.videos)
+    (root / "flow").mkdir()
+    (root / "flow" / "mine").symlink_to(tiny.flow)
+    (root / "my_lists").mkdir()
+    rows = (line.split()[0].removesuffix(".avi") for line in (tiny.splits / "trainlist01.txt").read_text().splitlines())
+    (root / "my_lists" / "train.csv").write_text("".join(f"{name},{name.split('/')[0]}\n" for name in rows))
+    (root / "run").mkdir()
+    export(checkpoint(root / "run"), root / "goca.pt")
+    return root
+
+
+EXAMPLES = [(path, i, code) for path in PAGES
+            for i, (language, code) in enumerate(Page(path).blocks) if language == "python"]
+
+
+@pytest.mark.parametrize(("path", "code"), [(path, code) for path, _, code in EXAMPLES],
+                         ids=[f"{path.name}-{i}" for path, i, _ in EXAMPLES])
+def test_examples_run(path, code, workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(datasets, "DATASETS", dict(datasets.DATASETS))
+    monkeypatch.setattr(model, "ARCHITECTURES", dict(model.ARCHITECTURES))
+    exec(compile(code, str(path), "exec"), {})  # our own pages
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checker itself: it notices what does not exist, and only that
+# ---------------------------------------------------------------------------------------------------------------------
+VALID = "--videos v --flow f --prototypes p --out r"
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("[a](docs/nothing.md)", "no docs/nothing.md"),
+    ("[a](docs/paper.md#nowhere)", "no heading"),
+    ("[a](#nowhere)", "no heading"),
+    ("see `support/nothing.py`", "support/nothing.py: there is none"),
+    ("see `nothing.py`", "nothing.py: there is none"),
+    ("`csrc/{goca,nothing}.h`", "csrc/nothing.h: there is none"),
+    ("`tests/test_goca.py::test_nothing`", "no such test"),
+    ("```\nsupport/nothing.py   a file tree\n```", "support/nothing.py: there is none"),
+    ("`goca.nothing`", "no such name"),
+    ("`make nothing`", "no such target"),
+    ("```\nmake demo nothing\n```", "no such target"),
+    ("`--made-up`", "no command takes that"),
+    ("`--protocol nothing`", "no command takes that"),
+    ("`--lambda`", "no command takes that"),
+    ("`pretrain.py --made-up`", "there is no --made-up"),
+    ("`pretrain.py --method nothing`", "takes no nothing"),
+    ("`evaluate.py nothing`", "it has no command nothing"),
+    ("`evaluate.py cluster --per-class`", "there is no --per-class"),
+    ("`python -m experiments.figures nothing`", "it has no command nothing"),
+    ("`python -m experiments.nothing`", "no program experiments.nothing"),
+    ("`flow.py info --made-up`", "there is no --made-up"),
+    ("`@presets/nothing`", "no such file"),
+    (f"```\npython pretrain.py {VALID} --made-up 3\n```", "unrecognized arguments: --made-up"),
+    (f"```\npython pretrain.py {VALID} --epoch 3\n```", "unrecognized arguments: --epoch"),
+    ("```\npython pretrain.py --videos v\n```", "required"),
+    (f"```\npython pretrain.py @presets/nothing {VALID}\n```", "presets/nothing"),
+    ("```\ntorchrun --nproc-per-node 8 evaluate.py \\\n    finetune --checkpoint r\n```", "required"),
+    (f"```\nsbatch launch/slurm.sh {VALID} --made-up 3\n```", "unrecognized arguments: --made-up"),
+    ("With `SET` for `--per-class`:\n```\npython flow.py --videos v --out o SET\n```", "arguments: --per-class"),
+])
+def test_the_checker_notices(text, words):
+    found = problems(Page(ROOT / "README.md", text))
+    assert len(found) == 1 and words in found[0]
+
+
+@pytest.mark.parametrize("text", [
+    "# A heading: two words\n[a](#a-heading-two-words) [b](docs/paper.md#symbols) [c](https://example.org/x#y)",
+    "`support/errors.py`, `csrc/goca.h`, `results/demo/sep_seed{0..2}.json`, `my_videos/train/<class>`, `flow/mine`",
+    "`goca.assign(log_prior=...)`, `goca.pt`, `--prior-sign -1`, `make test`, `exp(1/0.01)`, `D' = 3`",
+    f"```\npython pretrain.py @presets/cpu {VALID} --lambda2 0   # a comment\nmake demo\n```",
+    'SET:\n```\nSET="--videos v --out o"\npython flow.py $SET --plan\n```',
+])
+def test_the_checker_is_content(text):
+    assert problems(Page(ROOT / "README.md", text)) == []
+
+
+def test_results_are_all_listed():
+    """results/README.md says of each file what it is."""
+    names = {each for span in Page(PAGES[-1]).spans for each in expanded(span)}
+    for file in sorted((ROOT / "results").rglob("*.json")):
+        below = file.relative_to(ROOT / "results").as_posix()
+        assert below in names or any(n.endswith("/") and below.startswith(n) for n in names), below
