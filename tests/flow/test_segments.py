@@ -19,6 +19,7 @@ from support.datasets import Video
 from support.errors import BadInput
 from support.segments import expand
 from support.stores import FlowStore, RgbStore, rgb_settings
+from support.worker_pool import run_in_processes
 
 TRIAL = ["--warps", "1", "--epsilon", "0.1"]
 SECOND = ["--segment", "0.4"]  # 10 pairs at 25 frames a second
@@ -77,10 +78,10 @@ def test_other_ways_write_the_same(films, tmp_path, more):
 def test_processes_share_one_video(tmp_path, monkeypatch):
     """Of one video and four processes each makes every fourth segment; the count of videos and pairs is that of one."""
     film(tmp_path / "v" / "long.avi", moving(45, 24, 24, 1, 0))
-    seen, run = [], flow.run_in_processes
+    seen = []
 
     def watch(function, jobs, *args):
-        for name, kind, value in run(function, jobs, *args):
+        for name, kind, value in run_in_processes(function, jobs, *args):
             seen.append((name, kind))
             yield name, kind, value
 
