@@ -295,6 +295,27 @@ def settings_of(args):
                     {**rgb_settings(args.rgb_side), **cuts} if args.rgb else None)
 
 
+def open_stores(args, settings):
+    """-> [FlowStore, RgbStore], new or continued; None for what isn't asked for, or isn't there yet where --plan is."""
+    stores = []
+    for kind, root, header, option in ((FlowStore, args.out, settings.flow, "--out"),
+                                       (RgbStore, args.rgb, settings.rgb, "--rgb")):
+        there = root and (not args.plan or os.path.isfile(os.path.join(root, "header.json")))
+        stores.append(open_store(kind, root, header, option) if there else None)
+    return stores
+
+
+def report(args, written, progress, skipped, cut, long):
+    """Print what a run did: jobs written, and messages on the videos skipped, cut short and long."""
+    each = f" (flow of {sum(bool(j.flow) for j in written)}, RGB of {sum(bool(j.rgb) for j in written)})"
+    rate = progress.rate() * progress.computed / max(1, progress.pairs)
+    speed = f", {progress.computed} pairs, {rate:.1f} pairs/s in {args.workers} processes"
+    say(f"{len(written)} videos written{each if args.rgb else ''}{speed if progress.computed else ''}; "
+        f"{len(skipped)} skipped, {len(cut)} cut short",
+        *(f"skipped: {message}" for message in skipped.values()),
+        *(f"used, but: {message}" for message in [*cut.values(), *long.values()]))
+
+
 def run(args):
     """Extract what the stores lack -> exit status."""
     i, n = parse_shard(args.shard)
@@ -311,12 +332,7 @@ def run(args):
     names = list(found)[i - 1::n]
     say(f"{len(found)} videos below {args.videos}, {len(names)} of them in shard {i}/{n}; looking at the store",
         *found.notes())
-    stores = []
-    for kind, root, header, option in ((FlowStore, args.out, settings.flow, "--out"),
-                                       (RgbStore, args.rgb, settings.rgb, "--rgb")):
-        there = root and (not args.plan or os.path.isfile(os.path.join(root, "header.json")))  # a plan makes no store
-        stores.append(open_store(kind, root, header, option) if there else None)
-    remarks = Remarks(settings.cuts)
+    stores, remarks = open_stores(args, settings), Remarks(settings.cuts)
     jobs, absent = missing_jobs({name: found[name] for name in names}, stores, (args.out, args.rgb), remarks)
     say(f"{len(jobs)} to do; {settings.flow['method']} of {settings.flow['backend']} on {device}"
         f"{f', {batch} pairs at once' if batch else ''}, short side {args.short_side or 'as it is'}"
@@ -334,14 +350,7 @@ def run(args):
     skipped = extract_all(jobs, settings, args.workers, progress, remarks, *how)
     skipped, cut = dict(sorted((skipped | absent).items())), dict(sorted(remarks.cut.items()))
     listing = write_listing(stores[0].root, i, n, skipped, cut, names, found)
-    written = [job for name, job in jobs.items() if name not in skipped]
-    each = f" (flow of {sum(bool(j.flow) for j in written)}, RGB of {sum(bool(j.rgb) for j in written)})"
-    rate = progress.rate() * progress.computed / max(1, progress.pairs)
-    speed = f", {progress.computed} pairs, {rate:.1f} pairs/s in {args.workers} processes"
-    say(f"{len(written)} videos written{each if args.rgb else ''}{speed if progress.computed else ''}; "
-        f"{len(skipped)} skipped, {len(cut)} cut short",
-        *(f"skipped: {message}" for message in skipped.values()),
-        *(f"used, but: {message}" for message in [*cut.values(), *remarks.long.values()]))
+    report(args, [job for name, job in jobs.items() if name not in skipped], progress, skipped, cut, remarks.long)
     if len(skipped) == len(found):
         raise BadInput(f"none of the {len(found)} videos below {args.videos} gave flow; {listing} says why")
     return int(args.strict and bool(skipped or cut))

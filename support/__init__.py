@@ -9,6 +9,8 @@ Commands and files
     checkpoints     a run's checkpoints: saved, rotated, resumed from
 Videos
     videos          which files there are, and their frames
+    frame_folders   folders of images as videos
+    streams         time stamps and changes of size, which OpenCV doesn't give
     video_index     how many frames each really gives (python -m support.video_index)
     datasets        the published lists of data sets: which videos, which labels
     loader          clips through torch's DataLoader, when any file may crash its reader

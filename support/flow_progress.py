@@ -63,5 +63,5 @@ class Progress:
         if self.bar.disable:
             say(line)
         else:
-            self.bar.set_description_str(line, refresh=False)
-            self.bar.update(100 * self.pairs / pairs - self.bar.n)
+            self.bar.n = 100 * self.pairs / pairs
+            self.bar.set_description_str(line)

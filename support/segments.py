@@ -10,8 +10,8 @@ def expand(videos, store, rgb=None, frames=True):
     is looked at. Raises BadInput where frames are needed but no RGB store is there: those of a segment, and those at
     another rate (`flow.py --fps`), can't be read from the video by their number.
     """
-    names = {video.name: [video.name] if video.name in store else store.segments(video.name) for video in videos}
-    cut = next((video for video in videos if len(names[video.name]) > 1), None)
+    names = {video.name: [] if video.name in store else store.segments(video.name) for video in videos}
+    cut = next((video for video in videos if names[video.name]), None)
     if frames and rgb is None and (cut or store.header.get("fps")):
         what = f"{cut.name} in segments" if cut else f"frames at {store.header['fps']:g} a second"
         raise BadInput(f"{store.root} holds {what}, whose pictures are read from an RGB store: add --rgb RGB (made "

@@ -1,6 +1,8 @@
 """Stage 1 on many videos: batches on a device, RGB from the same pass, other methods, shares, plans, faults, info."""
 
+import io
 import json
+import sys
 from types import SimpleNamespace
 
 import cv2
@@ -297,6 +299,25 @@ def test_progress(monkeypatch, capsys):
         "0 of 10 videos, 4 of some 400 pairs, 0.3 pairs/s, 0:22:00 left, 1 MB in the end\n"
         "1 of 10 videos, 4 of some 400 pairs, 0.1 pairs/s, 1:28:00 left, 1 MB in the end\n")
     assert progress.estimate(10) == (400, 400 * 1000, 400 * 500)
+
+
+def test_a_terminal_shows_a_bar_and_messages_above_it(monkeypatch):
+    clock, terminal = 100.0, io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(flow_progress.time, "monotonic", lambda: clock)
+    progress = Progress(total=10)
+    progress.add("a", 1, 40, 1000, 500)
+    progress.add("a", 99, 40, 1000, 500)
+    clock = 101
+    progress.show()
+    bar = (" 25%|#####               | 0 of 10 videos, 100 of some 400 pairs, 99.0 pairs/s, 0:00:03 left, 0 MB in the "
+           "end")
+    assert terminal.getvalue().split("\r")[-1] == bar
+    flow_progress.note("a message")
+    lines = terminal.getvalue().split("\n")
+    assert lines[-2].split("\r")[-1] == "a message" and lines[-1].strip("\r") == bar
+    progress.bar.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """flow.py --segment: a long video is cut while it is decoded, and nothing of it is lost, made twice or mixed."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from support.datasets import Video
 from support.errors import BadInput
 from support.segments import expand
 from support.stores import FlowStore, RgbStore, rgb_settings
+from support.worker_pool import run_in_processes
 
 TRIAL = ["--warps", "1", "--epsilon", "0.1"]
 SECOND = ["--segment", "0.4"]  # 10 pairs at 25 frames a second
@@ -76,10 +78,10 @@ def test_other_ways_write_the_same(films, tmp_path, more):
 def test_processes_share_one_video(tmp_path, monkeypatch):
     """Of one video and four processes each makes every fourth segment; the count of videos and pairs is that of one."""
     film(tmp_path / "v" / "long.avi", moving(45, 24, 24, 1, 0))
-    seen, run = [], flow.run_in_processes
+    seen = []
 
     def watch(function, jobs, *args):
-        for name, kind, value in run(function, jobs, *args):
+        for name, kind, value in run_in_processes(function, jobs, *args):
             seen.append((name, kind))
             yield name, kind, value
 
@@ -203,6 +205,16 @@ def test_expand_makes_a_sample_of_each_segment(films):
     with pytest.raises(BadInput, match=r"holds a/long in segments, whose pictures .*RGB store: add --rgb RGB"):
         expand(videos, flows)
     assert expand(videos[1:], flows) == videos[1:]
+
+
+def test_what_an_interrupted_run_left_needs_pictures_too(films, tmp_path):
+    shutil.copytree(films / "cut" / "flow", tmp_path / "s")
+    for first in (10, 20, 30):
+        (tmp_path / "s" / "a" / f"long@{first}.avi").unlink()
+    videos = [Video("p/long.avi", "a/long", 3)]
+    assert [v.name for v in expand(videos, FlowStore(tmp_path / "s"), frames=False)] == ["a/long@0"]
+    with pytest.raises(BadInput, match="holds a/long in segments"):
+        expand(videos, FlowStore(tmp_path / "s"))
 
 
 def test_info_counts_segments_as_their_video(films, capsys):
