@@ -90,14 +90,17 @@ def open_views(video, store, rgb=None):
     return flow, frames
 
 
-def read_frames(video, flow, wanted, rgb=None):
+def read_frames(video, flow, wanted, rgb=None, reader=None):
     """Yield (t, RGB uint8 [H, W, 3] BGR, flow uint8 [2h, w], u over v) for each t of `wanted` (ascending), in one pass.
 
-    flow, rgb: of `open_views`; without rgb the video is decoded, at the rate that its flow was made at. Raises
+    flow, rgb: of `open_views`; without rgb the video is decoded, by `reader`, a FilmReader, if one is given. Raises
     BadInput, naming the file, if one can't be read or the video ends before its flow.
     """
-    source = (frames_at(video.path, wanted, flow.header.get("fps", 0)) if rgb is None
-              else zip(wanted, rgb.frames(wanted), strict=True))
+    if rgb is not None:
+        source = zip(wanted, rgb.frames(wanted), strict=True)
+    else:
+        # at the rate that its flow was made at
+        source = reader.frames_at(wanted) if reader else frames_at(video.path, wanted, flow.header.get("fps", 0))
     last = None
     for (t, frame), planes in zip(source, flow.frames(wanted), strict=False):
         yield t, frame, planes
@@ -227,6 +230,9 @@ class TrainClips(Clips):
                 for group, views in cut_clips(frames(wanted), boxed, self.size).items()}
 
 
+SPREAD = {"goca": (10, (0, 0.5, 1)), "fast": (4, (0.5,))}  # protocols of evenly spread test views: times, places
+
+
 class TestClips(Clips):
     """A video's test views, without augmentation: index -> {"rgb": uint8 [K, T, S, S, 3], "flow": ..., "weight"}.
 
@@ -237,8 +243,6 @@ class TestClips(Clips):
     Views that coincide, as in short videos and square frames, come once, with their share of the mean as `weight` [K].
     A video that can't be read, or takes more than `time_limit` seconds, all its views together, gives {"fault": why}.
     """
-
-    SPREAD = {"goca": (10, (0, 0.5, 1)), "fast": (4, (0.5,))}  # times, places
 
     def __init__(self, videos, store, *, views=("rgb", "flow"), protocol="goca", frames=32, size=128, stride=1,
                  time_limit=600):
@@ -253,8 +257,8 @@ class TestClips(Clips):
     def starts(self, n):
         """First frames of the views of a video with n usable frames."""
         room = max(0, n - self.stride * (self.frames - 1) - 1)
-        if self.protocol in self.SPREAD:
-            return [round(t) for t in np.linspace(0, room, self.SPREAD[self.protocol][0])]
+        if self.protocol in SPREAD:
+            return [round(t) for t in np.linspace(0, room, SPREAD[self.protocol][0])]
         return list(range(0, room + 1, 15))
 
     def __getitem__(self, index):
@@ -268,7 +272,7 @@ class TestClips(Clips):
     def _plan(self, n, square):
         """Test views of n usable frames -> ([(frame indices, Box), ...], their weights [K], ascending frames)."""
         clips = [clip_indices(start, self.frames, self.stride, n) for start in self.starts(n)]
-        _, places = self.SPREAD.get(self.protocol, (0, (0.5,)))
+        _, places = SPREAD.get(self.protocol, (0, (0.5,)))
         count = Counter((tuple(i), place) for i in clips for place in ((0.5,) if square else places))
         weight = torch.tensor([n / sum(count.values()) for n in count.values()])
         return [(i, Box(1, place, place)) for i, place in count], weight, sorted({t for clip in clips for t in clip})
@@ -276,9 +280,16 @@ class TestClips(Clips):
     def _views(self, video):
         flow, _ = open_views(video, self.store)
         h, w = flow.shape  # of u over v
-        views, weight, wanted = self._plan(len(flow), h == 2 * w)
-        cut = cut_clips(read_frames(video, flow, wanted), {"views": views}, self.size, self.views)["views"]
-        return {**cut, "weight": weight}
+        n, reader = len(flow), None
+        if video.frames:  # flow is that of the whole film
+            n = min(n - video.first, max(1, video.frames - 1))
+            if n < 1:
+                raise BadInput(f"{video.path} ends before frame {video.first}")
+            reader = self._reader(video)
+        views, weight, wanted = self._plan(n, h == 2 * w)
+        come = ((t - video.first, *both) for t, *both in
+                read_frames(video, flow, [video.first + t for t in wanted], reader=reader))
+        return {**cut_clips(come, {"views": views}, self.size, self.views)["views"], "weight": weight}
 
     def _rgb_views(self, video):
         """Without flow. Planned by the frames that the file declares, and again where others decode."""

@@ -1,0 +1,301 @@
+"""Stage 5: what one's own films are like, without a label: index, nearest, groups.
+
+In   a run of pretrain.py, an export, or other people's weights (support/weights.py), and a folder of films.
+Out  an index: one .npz with a unit feature of every film, or of every piece of one (support/collection_index.py).
+
+    python search.py index  --checkpoint runs/mine --videos films --out films.npz   # again: new and changed ones
+    python search.py query  --index films.npz film.mp4 --k 5
+    python search.py groups --index films.npz --num 20 --json groups.json
+
+index   features of all films; with --flow, the store that flow.py made of them, of both views, else of RGB alone.
+        --segment 10 indexes every 10 seconds of long films. Under torchrun several processes share the work; an
+        interrupted one goes on. Films that can't be read are named, and tried again the next time
+query   the nearest by cosine of a film that need not be in the index; its flow is computed if the index has flow. Of a
+        film of several pieces each is looked up, and the best similarity counts
+groups  k-means of all entries (section 4.3), the most typical of each group first
+
+View "rgb+flow" is the average of both unit features (section 4.2). --protocol fast takes 4 test views of a film, goca
+the paper's 30. docs/search.md: the index in other programs, how fast this is, and how to choose --num.
+"""
+
+import argparse
+import importlib.util
+import json
+import time
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from sklearn.metrics import adjusted_rand_score, silhouette_score
+
+from data import SPREAD
+from model import VIEWS
+from support.cli import Help, command_line, say
+from support.collection_index import (
+    bring_up_to_date,
+    check_weights,
+    extract,
+    features_of,
+    load_collection,
+    make_header,
+    of_views,
+    open_network,
+    survey,
+)
+from support.distributed import run_on_first_rank, start_processes
+from support.errors import BadInput
+from support.features import check_store, view_matrix
+from support.files import atomic, check_writable
+from support.kmeans import kmeans
+from support.metrics import nearest
+from support.stores import FlowStore
+
+TYPICAL = 5  # films named of a group
+STARTS = 20  # of k-means
+SAMPLE = 5000  # entries on which the silhouette is computed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# index
+# ---------------------------------------------------------------------------------------------------------------------
+def index(s):
+    """Bring an index up to date with a folder -> exit status."""
+    check_writable(s.out, "--out")
+    device, rank, world = start_processes(s)
+    began = time.perf_counter()
+    store = FlowStore(s.flow) if s.flow else None
+    net, settings = open_network(s.checkpoint, frames=s.frames, size=s.size, stride=s.stride)
+    net = of_views(net, s.views, store is not None, s.checkpoint).to(device, memory_format=torch.channels_last_3d)
+    if "flow" in net.backbones:
+        check_store(store, settings, s)
+    header = make_header(net, settings, s.checkpoint, s.protocol, store, s.segment, s.videos)
+    todo, counts, faults = run_on_first_rank(lambda: survey(s.out, header, store))
+    if rank == 0:
+        say(f"films below {s.videos}: {', '.join(f'{n} {what}' for what, n in counts.items())}")
+    every = [extract(net, todo, store, header, s.out, s, device, rank, world) if todo else []]
+    if world > 1:
+        shared = [None] * world
+        dist.all_gather_object(shared, every[0])  # and all parts are there
+        dist.destroy_process_group()
+        every = shared
+    if rank:
+        return 0
+    faults += [fault for each in every for fault in each]
+    held, _, _ = bring_up_to_date(s.out, header, store)
+    for fault in faults:
+        say(f"left out: {fault}")
+    if held is None:
+        raise BadInput(f"none of the films below {s.videos} can be read; the first: {faults[0]}")
+    say(f"{s.out} holds {len(held.files)} {'pieces' if s.segment else 'films'} by {' and '.join(header['views'])}; "
+        f"{len(todo)} made anew in {time.perf_counter() - began:.0f} s on {world} process(es), {device}; "
+        f"{len(faults)} left out")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# query
+# ---------------------------------------------------------------------------------------------------------------------
+def view_of(s, header):
+    """The view that is asked for, by default all of the index together."""
+    view = s.view or "+".join(header["views"])
+    if lacking := set(view.split("+")) - set(header["views"]):
+        raise BadInput(f"--view {view}: {s.index} holds {' and '.join(header['views'])} only; index the films with "
+                       f"{'--flow' if lacking == {'flow'} else 'a network for it'}")
+    return view
+
+
+def with_faiss(queries, rows, k):
+    """`metrics.nearest` by FAISS's flat index, which is exact too."""
+    import faiss
+
+    held = faiss.IndexFlatIP(rows.shape[1])
+    held.add(rows.numpy())
+    return torch.from_numpy(held.search(queries.numpy(), k)[1])
+
+
+def best(queries, rows, k, engine):
+    """The k of `rows` [n, D] that are most like any of `queries` [p, D] -> similarities [k], places [k]."""
+    near = (with_faiss if engine == "faiss" else nearest)(queries, rows, k)  # [p, k]
+    places = near.flatten().unique()
+    values, order = (rows[places] @ queries.T).max(1).values.sort(descending=True)
+    return values[:k], places[order[:k]]
+
+
+def query(s):
+    """Find what is like a film -> exit status."""
+    if s.json:
+        check_writable(s.json, "--json")
+    device, _, _ = start_processes(s)
+    held, began = load_collection(s.index), time.perf_counter()
+    view, checkpoint = view_of(s, held.header), s.checkpoint or held.header["checkpoint"]
+    net, _ = open_network(checkpoint, **{k: held.header[k] for k in ("frames", "size", "stride")})
+    net = of_views(net, held.header["views"], True, checkpoint)
+    check_weights(s.index, held.header, net, checkpoint)
+    net = of_views(net, view.split("+"), True, checkpoint).to(device, memory_format=torch.channels_last_3d)
+    seconds = {"loading": time.perf_counter() - began}
+    values, spent = features_of(s.video, net, held.header, device, s.batch_views)
+    began = time.perf_counter()
+    n, engine = len(held.files), s.engine
+    if engine == "faiss" and importlib.util.find_spec("faiss") is None:
+        say("FAISS is not installed (pip install faiss-cpu); the search is this project's own, which is exact too")
+        engine = "exact"
+    if s.k > n:
+        say(f"--k {s.k} is more than the {n} {'entry' if n == 1 else 'entries'} of {s.index}; all are given")
+    similarity, places = best(view_matrix(values, view, "", "average"), matrix(held, view), min(s.k, n), engine)
+    seconds |= {**spent, "search": time.perf_counter() - began}
+    paths = held.paths()
+    results = [{"path": paths[i], "start_s": round(float(held.spans[i, 0]), 3),
+                "end_s": round(float(held.spans[i, 1]), 3), "similarity": round(float(x), 6)}
+               for x, i in zip(similarity, places.tolist(), strict=True)]
+    for r in results:
+        say(f"{r['similarity']:.4f}  {r['start_s']:8.2f} to {r['end_s']:.2f} s  {r['path']}")
+    say(f"{view}, {n} entries: " + ", ".join(f"{what} {t:.2f} s" for what, t in seconds.items()))
+    write_json(s.json, {"query": s.video, "results": results})
+    return 0
+
+
+def matrix(held, view):
+    """Unit rows [n, D] of a view of an index."""
+    return view_matrix({v: torch.from_numpy(x) for v, x in held.values.items()}, view, "", "average")
+
+
+def write_json(path, content):
+    if path:
+        with atomic(path) as tmp:
+            tmp.write_text(json.dumps(content))
+        say(f"written: {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# groups
+# ---------------------------------------------------------------------------------------------------------------------
+class Groups(NamedTuple):
+    """k-means of an index, the largest group first."""
+
+    members: list  # of lists of entries, most typical first
+    tightness: list  # mean cosine of a group's members with its centre
+    silhouette: float | None  # mean over entries; None where each is a group of its own, or all are one
+    agreement: float  # of the other starts with the best, adjusted Rand index
+
+
+def make_groups(x, num, seed=0):
+    """Group unit rows x [n, D] -> Groups: the best of STARTS runs of k-means, and how far it can be trusted."""
+    runs, inertia = kmeans(x, num, STARTS, seed)
+    labels = runs[inertia.argmin()]
+    others = [adjusted_rand_score(labels, other) for i, other in enumerate(runs) if i != int(inertia.argmin())]
+    members, tightness = [], []
+    for own in (torch.where(labels == c)[0] for c in range(num)):
+        cosine = x[own] @ torch.nn.functional.normalize(x[own].mean(0), dim=0)
+        members.append(own[cosine.argsort(descending=True, stable=True)].tolist())
+        tightness.append(float(cosine.mean()))
+    order = sorted(range(num), key=lambda c: (-len(members[c]), members[c]))
+    sample = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:SAMPLE]
+    kinds = len(labels[sample].unique())
+    silhouette = None
+    if 1 < kinds < len(sample):
+        silhouette = float(silhouette_score(x[sample], labels[sample], metric="cosine"))
+    return Groups([members[c] for c in order], [tightness[c] for c in order], silhouette,
+                  sum(others) / len(others))
+
+
+def judged(groups):
+    """A sentence on how good the number of groups is."""
+    apart = "no silhouette" if groups.silhouette is None else f"mean silhouette {groups.silhouette:.3f}"
+    return (f"{len(groups.members)} groups: {apart} (-1 to 1; near 0 neighbouring groups run into one another), "
+            f"{STARTS} starts agree by {groups.agreement:.2f} (adjusted Rand index; 1: always the same groups). Try "
+            f"several --num, and of those that agree take the one with the highest silhouette")
+
+
+def checked_groups(s, held):
+    """`make_groups` of an index for --num -> (view, Groups)."""
+    n, view = len(held.files), view_of(s, held.header)
+    if n < 2:
+        raise BadInput(f"{s.index} holds one entry, and groups need two; index more films")
+    if s.num > n:
+        raise BadInput(f"--num {s.num} is more than the {n} entries of {s.index}; choose {n // 2} or fewer")
+    return view, make_groups(matrix(held, view), s.num, s.seed)
+
+
+def groups(s):
+    """Group a collection -> exit status."""
+    if s.json:
+        check_writable(s.json, "--json")
+    held = load_collection(s.index)
+    view, found = checked_groups(s, held)
+    paths = entry_names(held)
+    for i, (members, tight) in enumerate(zip(found.members, found.tightness, strict=True), 1):
+        say(f"group {i}: {len(members)}, mean cosine with its centre {tight:.3f}; most typical:",
+            *(f"    {paths[m]}" for m in members[:TYPICAL]))
+    say(f"{view}, {judged(found)}")
+    write_json(s.json, {"groups": [{"size": len(m), "members": [paths[i] for i in m], "typical": [
+        paths[i] for i in m[:TYPICAL]], "tightness": t} for m, t in zip(found.members, found.tightness, strict=True)],
+        "view": view, "silhouette": found.silhouette, "agreement": found.agreement})
+    return 0
+
+
+def entry_names(held):
+    """Paths of all entries; of a piece with its time, as in film.mp4#t=10,20."""
+    if not held.header["segment"]:
+        return held.paths()
+    return [f"{path}#t={a:.6g},{b:.6g}" for path, (a, b) in zip(held.paths(), held.spans.tolist(), strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+COMMANDS = {"index": index, "query": query, "groups": groups}
+CHECKPOINT = "a run's folder, a checkpoint, an export, or others' weights"
+
+
+def above_zero(kind):
+    def number(text):
+        if not kind(text) > 0 or kind(text) == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+        return kind(text)
+    return number
+
+
+def arguments(argv=None):
+    p = argparse.ArgumentParser(prog="search.py", description="Search and group a collection of one's own films.")
+    commands = p.add_subparsers(dest="command", required=True)
+    c = commands.add_parser("index", help="features of every film, new and changed ones only", formatter_class=Help)
+    c.add_argument("--checkpoint", nargs="+", required=True, metavar="[rgb=|flow=]FILE", help=CHECKPOINT)
+    c.add_argument("--videos", required=True, help="folder of films, searched with all below it")
+    c.add_argument("--flow", help="flow store of flow.py; without it RGB alone")
+    c.add_argument("--views", nargs="+", choices=VIEWS, help="default: all that there are networks and data for")
+    c.add_argument("--out", required=True, help="the index: a new file (.npz), or one to bring up to date")
+    c.add_argument("--segment", type=above_zero(float), help="seconds of a piece (default: whole films)")
+    c.add_argument("--protocol", choices=SPREAD, default="fast", help="test views: fast 4, goca 30 (the paper's)")
+    for name in ("frames", "stride", "size"):
+        c.add_argument(f"--{name}", type=above_zero(int), help="of a clip (default: as trained)")
+    c.add_argument("--workers", type=int, default=2, help="loader processes")
+    q = commands.add_parser("query", help="the nearest of a film", formatter_class=Help)
+    q.add_argument("video", help="a film; it need not be in the index")
+    q.add_argument("--k", type=above_zero(int), default=10, help="how many")
+    q.add_argument("--checkpoint", nargs="+", metavar="[rgb=|flow=]FILE",
+                   help="the index's weights, where they have moved (default: from where it was made)")
+    q.add_argument("--engine", choices=("exact", "faiss"), default="exact",
+                   help="who searches; without FAISS installed it is exact")
+    g = commands.add_parser("groups", help="k-means, each group with its most typical films", formatter_class=Help)
+    g.add_argument("--num", type=above_zero(int), required=True, help="how many groups")
+    g.add_argument("--seed", type=int, default=0)
+    for sub in (q, g):
+        sub.add_argument("--index", required=True, help="of search.py index")
+        sub.add_argument("--view", choices=(*VIEWS, "rgb+flow"), help="default: all that the index has, together")
+        sub.add_argument("--json", help="file for the results")
+    for sub in (c, q):
+        sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+        sub.add_argument("--batch-views", type=above_zero(int), default=32, help="clips a forward pass")
+    s = p.parse_args(argv)
+    if s.command == "index" and s.workers < 0:
+        raise BadInput(f"--workers {s.workers}: must be 0 or more")
+    return s
+
+
+def main(argv=None):
+    s = arguments(argv)
+    return COMMANDS[s.command](s)
+
+
+if __name__ == "__main__":
+    command_line(main)
