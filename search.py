@@ -19,7 +19,6 @@ the paper's 30. docs/search.md: the index in other programs, how fast this is, a
 """
 
 import argparse
-import importlib.util
 import json
 import time
 from typing import NamedTuple
@@ -30,6 +29,7 @@ from sklearn.metrics import adjusted_rand_score, silhouette_score
 
 from data import SPREAD
 from model import VIEWS
+from support import approximate
 from support.cli import Help, command_line, say
 from support.collection_index import (
     bring_up_to_date,
@@ -104,21 +104,27 @@ def view_of(s, header):
     return view
 
 
-def with_faiss(queries, rows, k):
-    """`metrics.nearest` by FAISS's flat index, which is exact too."""
-    import faiss
+def best(queries, rows, k, find):
+    """The k of `rows` [n, D] that are most like any of `queries` [p, D] -> similarities [k], places [k].
 
-    held = faiss.IndexFlatIP(rows.shape[1])
-    held.add(rows.numpy())
-    return torch.from_numpy(held.search(queries.numpy(), k)[1])
-
-
-def best(queries, rows, k, engine):
-    """The k of `rows` [n, D] that are most like any of `queries` [p, D] -> similarities [k], places [k]."""
-    near = (with_faiss if engine == "faiss" else nearest)(queries, rows, k)  # [p, k]
-    places = near.flatten().unique()
+    find(k) -> the k nearest of each query, int64 [p, k]; -1 where there are fewer.
+    """
+    places = find(k).flatten().unique()
+    places = places[places >= 0]
     values, order = (rows[places] @ queries.T).max(1).values.sort(descending=True)
     return values[:k], places[order[:k]]
+
+
+def finder(s, view, queries, rows):
+    """--engine -> `best`'s find."""
+    if s.engine == "faiss" and approximate.installed():
+        index, message = approximate.kept(s.index, view, rows)
+        if message:
+            say(message)
+        return lambda k: torch.from_numpy(index.search(queries.numpy(), k)[1])
+    if s.engine == "faiss":
+        say("FAISS is not installed (pip install faiss-cpu); the search is exact")
+    return lambda k: nearest(queries, rows, k)
 
 
 def query(s):
@@ -134,14 +140,12 @@ def query(s):
     net = of_views(net, view.split("+"), True, checkpoint).to(device, memory_format=torch.channels_last_3d)
     seconds = {"loading": time.perf_counter() - began}
     values, spent = features_of(s.video, net, held.header, device, s.batch_views)
-    began = time.perf_counter()
-    n, engine = len(held.files), s.engine
-    if engine == "faiss" and importlib.util.find_spec("faiss") is None:
-        say("FAISS is not installed (pip install faiss-cpu); the search is this project's own, which is exact too")
-        engine = "exact"
+    queries, rows, n = view_matrix(values, view, "", "average"), matrix(held, view), len(held.files)
+    find = finder(s, view, queries, rows)
     if s.k > n:
         say(f"--k {s.k} is more than the {n} {'entry' if n == 1 else 'entries'} of {s.index}; all are given")
-    similarity, places = best(view_matrix(values, view, "", "average"), matrix(held, view), min(s.k, n), engine)
+    began = time.perf_counter()
+    similarity, places = best(queries, rows, min(s.k, n), find)
     seconds |= {**spent, "search": time.perf_counter() - began}
     paths = held.paths()
     results = [{"path": paths[i], "start_s": round(float(held.spans[i, 0]), 3),
@@ -275,7 +279,7 @@ def arguments(argv=None):
     q.add_argument("--checkpoint", nargs="+", metavar="[rgb=|flow=]FILE",
                    help="the index's weights, where they have moved (default: from where it was made)")
     q.add_argument("--engine", choices=("exact", "faiss"), default="exact",
-                   help="who searches; without FAISS installed it is exact")
+                   help="faiss: approximate, for 10^5 films and more, where it is installed; its index is kept")
     g = commands.add_parser("groups", help="k-means, each group with its most typical films", formatter_class=Help)
     g.add_argument("--num", type=above_zero(int), required=True, help="how many groups")
     g.add_argument("--seed", type=int, default=0)

@@ -45,4 +45,5 @@ Use (stage 5)
     projection      features in two dimensions, for a map
     page            a page of films that opens by double click; its scripts and styles are in page_assets/
     collection_index  features of every film of a folder, or of its pieces: what is new, what changed
+    approximate     nearest neighbours by FAISS, for collections of 10^5 and more
 """

@@ -18,12 +18,13 @@ from helpers.paths import ROOT
 
 import data
 import search
-from support import collection_index
+from support import approximate, collection_index
 from support.collection_index import Collection, load_collection, save_collection
 from support.datasets import Video
 from support.errors import BadInput
 from support.features import BLOCK
 from support.inference import to_input
+from support.metrics import nearest
 from support.stores import FlowStore
 from support.videos import FilmReader
 from support.weights import export
@@ -298,19 +299,43 @@ def test_pieces_of_films_whose_flow_is_whole(tiny, tmp_path):
 
 
 # --- FAISS -----------------------------------------------------------------------------------------------------------
-def test_faiss_finds_what_the_exact_search_finds(tmp_path):
-    pytest.importorskip("faiss", reason="faiss-cpu is not installed")
-    rng = np.random.default_rng(0)
-    x, q = (F.normalize(torch.from_numpy(rng.standard_normal((n, 16), np.float32)), dim=1) for n in (500, 3))
-    exact, other = search.best(q, x, 20, "exact"), search.best(q, x, 20, "faiss")
-    torch.testing.assert_close(exact[0], other[0]) and torch.equal(exact[1], other[1])
+def unit_rows(n, dim, seed=0):
+    rng = np.random.default_rng(seed)
+    return F.normalize(torch.from_numpy(rng.standard_normal((n, dim), np.float32)), dim=1)
+
+
+def test_of_several_pieces_the_best_similarity_counts():
+    x, q = unit_rows(500, 16), unit_rows(3, 16, seed=1)
+    values, places = search.best(q, x, 20, lambda k: nearest(q, x, k))
     everything = (x @ q.T).max(1).values.topk(20)
-    torch.testing.assert_close(exact[0], everything.values)
-    assert torch.equal(exact[1], everything.indices)
+    torch.testing.assert_close(values, everything.values)
+    assert torch.equal(places, everything.indices)
+
+
+def test_faiss_finds_what_it_says_and_is_kept(films, rgb_index, tmp_path, capsys):
+    """On 3000 rows an inverted file, which finds 95 % of the nearest; on five films all."""
+    pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    x, q = unit_rows(3000, 8), unit_rows(100, 8, seed=1)
+    index, recall = approximate.build(x)
+    near = torch.from_numpy(index.search(q.numpy(), 10)[1])
+    found = (near[:, :, None] == nearest(q, x, 10)[:, None]).any(2).double().mean()
+    assert 0.95 <= recall and 0.9 < found and index.nlist == 76 and index.nprobe < 76
+
+    path, film = shutil.copy(rgb_index, tmp_path / "i.npz"), films / "films" / "a.avi"
+    exact = query(path, film, tmp_path)
+    assert query(path, film, tmp_path, "--engine", "faiss") == exact
+    assert "finds 100 % of the ten nearest" in capsys.readouterr().out
+    made, = tmp_path.glob("i.npz.rgb.*.faiss")
+    stamp = made.stat().st_mtime_ns
+    assert query(path, film, tmp_path, "--engine", "faiss") == exact and made.stat().st_mtime_ns == stamp
+    os.utime(path)  # another state of the collection
+    assert query(path, film, tmp_path, "--engine", "faiss") == exact
+    again, = tmp_path.glob("i.npz.rgb.*.faiss")
+    assert again != made
 
 
 def test_without_faiss_the_search_is_exact(films, rgb_index, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(search.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(approximate, "installed", lambda: False)
     film = films / "films" / "a.avi"
     assert query(rgb_index, film, tmp_path, "--engine", "faiss")[0]["path"] == str(film)
     assert "FAISS is not installed" in capsys.readouterr().out
