@@ -21,11 +21,9 @@ the paper's 30. docs/search.md: the index in other programs, how fast this is, a
 import argparse
 import json
 import time
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from sklearn.metrics import adjusted_rand_score, silhouette_score
 
 from data import SPREAD
 from model import VIEWS
@@ -46,13 +44,11 @@ from support.distributed import run_on_first_rank, start_processes
 from support.errors import BadInput
 from support.features import check_store, view_matrix
 from support.files import atomic, check_writable
-from support.kmeans import kmeans
+from support.grouping import judged, make_groups
 from support.metrics import nearest
 from support.stores import FlowStore
 
 TYPICAL = 5  # films named of a group
-STARTS = 20  # of k-means
-SAMPLE = 5000  # entries on which the silhouette is computed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,7 +139,7 @@ def query(s):
     queries, rows, n = view_matrix(values, view, "", "average"), matrix(held, view), len(held.files)
     find = finder(s, view, queries, rows)
     if s.k > n:
-        say(f"--k {s.k} is more than the {n} {'entry' if n == 1 else 'entries'} of {s.index}; all are given")
+        say(f"--k {s.k} is more than {entries(n)} of {s.index}; all are given")
     began = time.perf_counter()
     similarity, places = best(queries, rows, min(s.k, n), find)
     seconds |= {**spent, "search": time.perf_counter() - began}
@@ -163,6 +159,10 @@ def matrix(held, view):
     return view_matrix({v: torch.from_numpy(x) for v, x in held.values.items()}, view, "", "average")
 
 
+def entries(n):
+    return f"the {n} {'entry' if n == 1 else 'entries'}"
+
+
 def write_json(path, content):
     if path:
         with atomic(path) as tmp:
@@ -173,43 +173,6 @@ def write_json(path, content):
 # ---------------------------------------------------------------------------------------------------------------------
 # groups
 # ---------------------------------------------------------------------------------------------------------------------
-class Groups(NamedTuple):
-    """k-means of an index, the largest group first."""
-
-    members: list  # of lists of entries, most typical first
-    tightness: list  # mean cosine of a group's members with its centre
-    silhouette: float | None  # mean over entries; None where each is a group of its own, or all are one
-    agreement: float  # of the other starts with the best, adjusted Rand index
-
-
-def make_groups(x, num, seed=0):
-    """Group unit rows x [n, D] -> Groups: the best of STARTS runs of k-means, and how far it can be trusted."""
-    runs, inertia = kmeans(x, num, STARTS, seed)
-    labels = runs[inertia.argmin()]
-    others = [adjusted_rand_score(labels, other) for i, other in enumerate(runs) if i != int(inertia.argmin())]
-    members, tightness = [], []
-    for own in (torch.where(labels == c)[0] for c in range(num)):
-        cosine = x[own] @ torch.nn.functional.normalize(x[own].mean(0), dim=0)
-        members.append(own[cosine.argsort(descending=True, stable=True)].tolist())
-        tightness.append(float(cosine.mean()))
-    order = sorted(range(num), key=lambda c: (-len(members[c]), members[c]))
-    sample = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:SAMPLE]
-    kinds = len(labels[sample].unique())
-    silhouette = None
-    if 1 < kinds < len(sample):
-        silhouette = float(silhouette_score(x[sample], labels[sample], metric="cosine"))
-    return Groups([members[c] for c in order], [tightness[c] for c in order], silhouette,
-                  sum(others) / len(others))
-
-
-def judged(groups):
-    """A sentence on how good the number of groups is."""
-    apart = "no silhouette" if groups.silhouette is None else f"mean silhouette {groups.silhouette:.3f}"
-    return (f"{len(groups.members)} groups: {apart} (-1 to 1; near 0 neighbouring groups run into one another), "
-            f"{STARTS} starts agree by {groups.agreement:.2f} (adjusted Rand index; 1: always the same groups). Try "
-            f"several --num, and of those that agree take the one with the highest silhouette")
-
-
 def checked_groups(s, held):
     """`make_groups` of an index for --num -> (view, Groups)."""
     n, view = len(held.files), view_of(s, held.header)
@@ -282,9 +245,10 @@ def arguments(argv=None):
                    help="faiss: approximate, for 10^5 films and more, where it is installed; its index is kept")
     g = commands.add_parser("groups", help="k-means, each group with its most typical films", formatter_class=Help)
     g.add_argument("--num", type=above_zero(int), required=True, help="how many groups")
-    g.add_argument("--seed", type=int, default=0)
     for sub in (q, g):
         sub.add_argument("--index", required=True, help="of search.py index")
+    g.add_argument("--seed", type=int, default=0, help="of k-means")
+    for sub in (q, g):
         sub.add_argument("--view", choices=(*VIEWS, "rgb+flow"), help="default: all that the index has, together")
         sub.add_argument("--json", help="file for the results")
     for sub in (c, q):

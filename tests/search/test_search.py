@@ -22,11 +22,12 @@ from support import approximate, collection_index
 from support.collection_index import Collection, load_collection, save_collection
 from support.datasets import Video
 from support.errors import BadInput
-from support.features import BLOCK
+from support.features import BLOCK, extract_blocks
+from support.grouping import make_groups
 from support.inference import to_input
 from support.metrics import nearest
 from support.stores import FlowStore
-from support.videos import FilmReader
+from support.videos import FilmReader, decode
 from support.weights import export
 
 NAMES = ("a", "b/c", "b/d", "e", "<script>alert(1)<")
@@ -66,13 +67,13 @@ def query(path, video, tmp_path, *more):
 @pytest.fixture
 def extracted(monkeypatch):
     """The names of the films of each extraction."""
-    calls, real = [], collection_index.extract_blocks
+    calls = []
 
-    def extract_blocks(net, videos, *args):
+    def recorded(net, videos, *args):
         calls.append(sorted(v.name for v in videos))
-        return real(net, videos, *args)
+        return extract_blocks(net, videos, *args)
 
-    monkeypatch.setattr(collection_index, "extract_blocks", extract_blocks)
+    monkeypatch.setattr(collection_index, "extract_blocks", recorded)
     return calls
 
 
@@ -267,8 +268,8 @@ def test_flow_of_the_query_is_made_as_that_of_the_index(tiny, tmp_path, capsys):
 
 def test_pieces_have_their_times(films, tmp_path, tiny):
     """A film of three films, one after the other; a query of the second finds its second."""
-    parts = [list(map(np.ascontiguousarray, collection_index.decode(str(films / "films" / f"{n}.avi")))) for n in "ae"]
-    other = list(collection_index.decode(str(films / "films" / "b" / "c.avi")))
+    parts = [list(map(np.ascontiguousarray, decode(str(films / "films" / f"{n}.avi")))) for n in "ae"]
+    other = list(decode(str(films / "films" / "b" / "c.avi")))
     film(tmp_path / "films" / "long.avi", parts[0] + other + parts[1], fps=12)
     film(tmp_path / "query.avi", other, fps=12)
     out = tmp_path / "i.npz"
@@ -345,7 +346,7 @@ def test_the_lines_of_the_documentation_hand_an_index_to_faiss(tmp_path, capsys)
     pytest.importorskip("faiss", reason="faiss-cpu is not installed")
     rng = np.random.default_rng(0)
     made_up(tmp_path / "films.npz", {"rgb": rng.standard_normal((300, 24))})
-    lines = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "search.md").read_text(), re.DOTALL)[1]
+    lines = re.search(r"```py\n(.*?)```", (ROOT / "docs" / "search.md").read_text(), re.DOTALL)[1]
     assert len(lines.splitlines()) <= 10
     done = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -377,7 +378,7 @@ def test_groups_of_three_directions(tmp_path, capsys):
 
 def test_starts_that_disagree_say_so(tmp_path):
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((200, 64), np.float32))
-    found = search.make_groups(F.normalize(x, dim=1), 10)
+    found = make_groups(F.normalize(x, dim=1), 10)
     assert found.agreement < 0.5 and abs(found.silhouette) < 0.1 and sum(map(len, found.members)) == 200
 
 
