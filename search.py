@@ -1,4 +1,4 @@
-"""Stage 5: what one's own films are like, without a label: index, nearest, groups.
+"""Stage 5: what one's own films are like, without a label: index, nearest, groups, a page to look at them.
 
 In   a run of pretrain.py, an export, or other people's weights (support/weights.py), and a folder of films.
 Out  an index: one .npz with a unit feature of every film, or of every piece of one (support/collection_index.py).
@@ -6,6 +6,7 @@ Out  an index: one .npz with a unit feature of every film, or of every piece of 
     python search.py index  --checkpoint runs/mine --videos films --out films.npz   # again: new and changed ones
     python search.py query  --index films.npz film.mp4 --k 5
     python search.py groups --index films.npz --num 20 --json groups.json
+    python search.py page   --index films.npz --out page                              # open page/index.html
 
 index   features of all films; with --flow, the store that flow.py made of them, of both views, else of RGB alone.
         --segment 10 indexes every 10 seconds of long films. Under torchrun several processes share the work; an
@@ -13,6 +14,7 @@ index   features of all films; with --flow, the store that flow.py made of them,
 query   the nearest by cosine of a film that need not be in the index; its flow is computed if the index has flow. Of a
         film of several pieces each is looked up, and the best similarity counts
 groups  k-means of all entries (section 4.3), the most typical of each group first
+page    all of it to look at, in a browser without server or network: support/page.py
 
 View "rgb+flow" is the average of both unit features (section 4.2). --protocol fast takes 4 test views of a film, goca
 the paper's 30. docs/search.md: the index in other programs, how fast this is, and how to choose --num.
@@ -21,6 +23,7 @@ the paper's 30. docs/search.md: the index in other programs, how fast this is, a
 import argparse
 import json
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -46,6 +49,9 @@ from support.features import check_store, view_matrix
 from support.files import atomic, check_writable
 from support.grouping import judged, make_groups
 from support.metrics import nearest
+from support.page import Group, Item, write_page
+from support.previews import make_previews
+from support.projection import flat_map
 from support.stores import FlowStore
 
 TYPICAL = 5  # films named of a group
@@ -208,9 +214,45 @@ def entry_names(held):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# page
+# ---------------------------------------------------------------------------------------------------------------------
+def page(s):
+    """Write the page of a collection: films, their nearest, groups and a map by every view -> exit status."""
+    held = load_collection(s.index)
+    n, paths, root = len(held.files), held.paths(), held.header["videos"]
+    spans = [(a, b if frames else None) for (a, b), (_, frames) in
+             zip(held.spans.tolist(), held.frames.tolist(), strict=True)]
+    previews = make_previews([(path, *span) for path, span in zip(paths, spans, strict=True)],
+                             Path(s.out) / "previews", progress=True)
+    items = [Item(str(file), path, *span, strip=preview.strip, missing=preview.problem) for file, path, span, preview
+             in zip(held.files, paths, spans, previews, strict=True)]
+    views = [*held.values, *(["rgb+flow"] if len(held.values) == 2 else [])]
+    rows = {view: matrix(held, view) for view in views}
+    num = min(s.num or max(2, round((n / 2) ** 0.5)), n)
+    if s.num and s.num > n:
+        say(f"--num {s.num} is more than {entries(n)} of {s.index}; {num} is taken")
+    found = {view: make_groups(x, num, s.seed) for view, x in rows.items()} if n > 1 else {}
+    missing = [item.missing for item in items if item.missing]
+    write_page(s.out, title=f"{n} {'pieces of films' if held.header['segment'] else 'films'} below {root}", items=items,
+               features={view: x.numpy() for view, x in rows.items()},
+               groups={view: [Group(f"group {i}", members, f"mean cosine with its centre {tight:.3f}")
+                              for i, (members, tight) in enumerate(zip(g.members, g.tightness, strict=True), 1)]
+                       for view, g in found.items()},
+               maps={view: flat_map(x.numpy(), s.seed)[0] for view, x in rows.items()},
+               notes=["index {index}: {arch}, {frames} frames of {size} px, protocol {protocol}, weights {checkpoint} "
+                      "({weights:.12})".format(index=s.index, **held.header),
+                      *(f"{view}, {judged(g)}" for view, g in found.items())])
+    for why in missing:
+        say(f"shown as they were, or without a picture: {why}")
+    say(f"{Path(s.out) / 'index.html'}: {n} entries, {len(missing)} of them of films that can't be read any more"
+        f"{'; index the films where they are now with search.py index' if missing else ''}")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 # ---------------------------------------------------------------------------------------------------------------------
-COMMANDS = {"index": index, "query": query, "groups": groups}
+COMMANDS = {"index": index, "query": query, "groups": groups, "page": page}
 CHECKPOINT = "a run's folder, a checkpoint, an export, or others' weights"
 
 
@@ -245,9 +287,13 @@ def arguments(argv=None):
                    help="faiss: approximate, for 10^5 films and more, where it is installed; its index is kept")
     g = commands.add_parser("groups", help="k-means, each group with its most typical films", formatter_class=Help)
     g.add_argument("--num", type=above_zero(int), required=True, help="how many groups")
-    for sub in (q, g):
+    w = commands.add_parser("page", help="a page that plays the films, without a server", formatter_class=Help)
+    w.add_argument("--out", required=True, help="folder of the page: OUT/index.html")
+    w.add_argument("--num", type=above_zero(int), help="groups (default: the root of half the films)")
+    for sub in (q, g, w):
         sub.add_argument("--index", required=True, help="of search.py index")
-    g.add_argument("--seed", type=int, default=0, help="of k-means")
+    for sub in (g, w):
+        sub.add_argument("--seed", type=int, default=0, help="of k-means")
     for sub in (q, g):
         sub.add_argument("--view", choices=(*VIEWS, "rgb+flow"), help="default: all that the index has, together")
         sub.add_argument("--json", help="file for the results")

@@ -382,6 +382,37 @@ def test_starts_that_disagree_say_so(tmp_path):
     assert found.agreement < 0.5 and abs(found.silhouette) < 0.1 and sum(map(len, found.members)) == 200
 
 
+# --- page ------------------------------------------------------------------------------------------------------------
+def embedded(page):
+    """The data of a page, and its text."""
+    text = (page / "index.html").read_text()
+    return json.loads(re.search(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', text, re.DOTALL)[1]), text
+
+
+def test_the_page_of_a_collection(films, rgb_index, tmp_path, capsys):
+    """Its films, groups as `groups` has them, a map, previews; once films have moved, the same with their names."""
+    videos, out = tmp_path / "films", tmp_path / "page"
+    shutil.copytree(films / "films", videos)
+    index(films, tmp_path / "i.npz", videos=videos)
+    command = ["page", "--index", str(tmp_path / "i.npz"), "--out", str(out), "--num", "2"]
+    assert search.main(command) == 0
+    found, text = embedded(out)
+    held = load_collection(tmp_path / "i.npz")
+    assert [f["name"] for f in found["films"]] == held.files.tolist() and found["views"] == ["rgb"]
+    assert "<script>alert" not in text
+    assert all((out / "previews" / f["strip"][0]).is_file() and f["end"] is None for f in found["films"])
+    assert len(found["maps"]["rgb"]) == 5
+    assert [g["members"] for g in found["groups"]["rgb"]] == make_groups(search.matrix(held, "rgb"), 2).members
+    assert "0 of them of films that can't be read any more" in capsys.readouterr().out
+    videos.rename(tmp_path / "elsewhere")
+    assert search.main(command) == 0
+    moved, _ = embedded(out)
+    said = capsys.readouterr().out
+    assert [f["strip"] for f in moved["films"]] == [f["strip"] for f in found["films"]]
+    assert all("doesn't exist" in f["missing"] for f in moved["films"])
+    assert said.count("doesn't exist") == 5 and "5 of them of films that can't be read any more; index" in said
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 def test_bad_input(films, rgb_index, tmp_path):
     one = made_up(tmp_path / "one.npz", {"rgb": np.ones((1, 4))})
@@ -419,3 +450,6 @@ def test_a_query_of_one_film_gives_that_one(films, tmp_path, capsys):
     found = query(tmp_path / "i.npz", films / "films" / "e.avi", tmp_path)
     assert [r["path"] for r in found] == [str(tmp_path / "films" / "a.avi")]
     assert "--k 10 is more than the 1 entry of" in capsys.readouterr().out
+    assert search.main(["page", "--index", str(tmp_path / "i.npz"), "--out", str(tmp_path / "p"), "--num", "3"]) == 0
+    assert "--num 3 is more than the 1 entry of" in capsys.readouterr().out
+    assert embedded(tmp_path / "p")[0]["groups"] == {}
