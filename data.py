@@ -267,6 +267,7 @@ class TestClips(Clips):
                 video, views = self.videos[index], self._views if "flow" in self.views else self._rgb_views
                 return {**with_time_limit(self.time_limit, video.path, views, video), "index": index}
         except READ_ERRORS as e:
+            self.reader = None  # a stalled one's thread may still hold it
             return {"index": index, "fault": error_message(self.videos[index], e)}
 
     def _plan(self, n, square):

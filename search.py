@@ -34,6 +34,7 @@ from support import approximate
 from support.cli import Help, command_line, say
 from support.collection_index import (
     bring_up_to_date,
+    check_flow,
     check_weights,
     extract,
     features_of,
@@ -70,6 +71,7 @@ def index(s):
     net = of_views(net, s.views, store is not None, s.checkpoint).to(device, memory_format=torch.channels_last_3d)
     if "flow" in net.backbones:
         check_store(store, settings, s)
+        check_flow(store, s.flow, s.segment)
     header = make_header(net, settings, s.checkpoint, s.protocol, store, s.segment, s.videos)
     todo, counts, faults = run_on_first_rank(lambda: survey(s.out, header, store))
     if rank == 0:

@@ -20,7 +20,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,10 +30,10 @@ from support.errors import BadInput
 from support.features import BLOCK, NETWORK, extract_blocks, fingerprint, load_network, view_features
 from support.files import load_arrays, save_arrays
 from support.flow_methods import choose_backend
-from support.flow_pipeline import Job, Settings, extract_video
+from support.flow_pipeline import Job, Settings, declared_fps, extract_video
 from support.inference import mean_over_views
 from support.stores import FlowStore
-from support.videos import declared_frames, decode, find_videos
+from support.videos import declared_frames, decode, file_stat, find_videos
 from support.weights import Backbones, read_state
 from support.worker_pool import cores, run_in_processes
 
@@ -130,6 +129,14 @@ def of_views(net, views, flow, checkpoint):
     return Backbones({v: net.backbones[v] for v in net.backbones if v in views})
 
 
+def check_flow(store, root, segment):
+    """Raise BadInput where pieces of `segment` seconds, or whole films, can't be had of a flow store."""
+    cuts = [f"--{k} {store.header[k]}" for k in ("segment", "fps") if store.header.get(k) and (segment or k == "segment")]
+    if cuts:
+        raise BadInput(f"--flow {root} was made with {' '.join(cuts)}, and an index {'of pieces ' if segment else ''}"
+                       f"needs the flow of whole films{' as stored' if segment else ''}; make that, or take --views rgb")
+
+
 def make_header(net, settings, checkpoint, protocol, store, segment, videos):
     return {"weights": fingerprint(net.backbones), "views": list(net.backbones),
             **{k: settings[k] for k in NETWORK}, "protocol": protocol,
@@ -156,10 +163,9 @@ class Piece(NamedTuple):
 
 def mark_of(path):
     try:
-        stat = os.stat(path)
+        return tuple(file_stat(path))
     except OSError:
         return 0, 0
-    return stat.st_size, stat.st_mtime_ns
 
 
 def probe(job, settings, report):
@@ -167,9 +173,8 @@ def probe(job, settings, report):
     `run_in_processes`."""
     path = job[0]
     next(decode(path))  # refuses what is no video, before anything else opens it
-    fps = cv2.VideoCapture(path, cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FPS)
     frames = declared_frames(path) or sum(1 for _ in decode(path))
-    return frames, fps if 0 < fps < 1000 else 25.0
+    return frames, declared_fps(path)
 
 
 def pieces_of(path, name, frames, fps, segment, mark):

@@ -299,6 +299,14 @@ def test_pieces_of_films_whose_flow_is_whole(tiny, tmp_path):
     assert found[1]["similarity"] == pytest.approx(1, abs=1e-5)
 
 
+def test_flow_in_segments_or_at_another_rate_is_refused(tiny, films, tmp_path):
+    for header, more, words in (({"segment": 5}, [], "--segment 5, and an index needs the flow of whole films"),
+                                ({"fps": 8}, ["--segment", "1"], "--fps 8, and an index of pieces needs")):
+        (tmp_path / "header.json").write_text(json.dumps({**FlowStore(tiny.flow).header, **header}))
+        with pytest.raises(BadInput, match=words):
+            index(films, tmp_path / "i.npz", "--flow", str(tmp_path), *more)
+
+
 # --- FAISS -----------------------------------------------------------------------------------------------------------
 def unit_rows(n, dim, seed=0):
     rng = np.random.default_rng(seed)
