@@ -131,10 +131,11 @@ def of_views(net, views, flow, checkpoint):
 
 def check_flow(store, root, segment):
     """Raise BadInput where pieces of `segment` seconds, or whole films, can't be had of a flow store."""
-    cuts = [f"--{k} {store.header[k]}" for k in ("segment", "fps") if store.header.get(k) and (segment or k == "segment")]
+    wrong = ("segment", "fps") if segment else ("segment",)
+    cuts = " ".join(f"--{k} {store.header[k]}" for k in wrong if store.header.get(k))
     if cuts:
-        raise BadInput(f"--flow {root} was made with {' '.join(cuts)}, and an index {'of pieces ' if segment else ''}"
-                       f"needs the flow of whole films{' as stored' if segment else ''}; make that, or take --views rgb")
+        raise BadInput(f"--flow {root} was made with {cuts}, and an index {'of pieces ' if segment else ''}needs the "
+                       f"flow of whole films{' as stored' if segment else ''}; make that, or take --views rgb")
 
 
 def make_header(net, settings, checkpoint, protocol, store, segment, videos):
