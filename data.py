@@ -16,6 +16,7 @@ frames from the first n-1. A video shorter than a clip is repeated from its star
 
 import copy
 import math
+import sys
 from collections import Counter, defaultdict
 from functools import lru_cache
 from typing import NamedTuple
@@ -27,7 +28,7 @@ from torch.utils.data import Sampler
 
 from support.errors import BadInput
 from support.loader import Clips
-from support.videos import frames_at, with_time_limit
+from support.videos import FilmReader, declared_frames, decode, frames_at, with_time_limit
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,14 +90,17 @@ def open_views(video, store, rgb=None):
     return flow, frames
 
 
-def read_frames(video, flow, wanted, rgb=None):
+def read_frames(video, flow, wanted, rgb=None, reader=None):
     """Yield (t, RGB uint8 [H, W, 3] BGR, flow uint8 [2h, w], u over v) for each t of `wanted` (ascending), in one pass.
 
-    flow, rgb: of `open_views`; without rgb the video is decoded, at the rate that its flow was made at. Raises
+    flow, rgb: of `open_views`; without rgb the video is decoded, by `reader`, a FilmReader, if one is given. Raises
     BadInput, naming the file, if one can't be read or the video ends before its flow.
     """
-    source = (frames_at(video.path, wanted, flow.header.get("fps", 0)) if rgb is None
-              else zip(wanted, rgb.frames(wanted), strict=True))
+    if rgb is not None:
+        source = zip(wanted, rgb.frames(wanted), strict=True)
+    else:
+        # at the rate that its flow was made at
+        source = reader.frames_at(wanted) if reader else frames_at(video.path, wanted, flow.header.get("fps", 0))
     last = None
     for (t, frame), planes in zip(source, flow.frames(wanted), strict=False):
         yield t, frame, planes
@@ -111,7 +115,7 @@ def clip_indices(start, frames, stride, n):
     return [(start + stride * i) % n for i in range(frames)]
 
 
-def cut_clips(frames, groups, size):
+def cut_clips(frames, groups, size, views=("rgb", "flow")):
     """Cut clips out of frames as they come -> {group: {"rgb": uint8 [v, T, S, S, 3], "flow": uint8 [v, T, S, S, 2]}}.
 
     frames: of `read_frames`. groups: {group: [(frame indices, Box), ...]}, the clips of a group of one length. Colour
@@ -120,16 +124,18 @@ def cut_clips(frames, groups, size):
     out, uses = {}, defaultdict(list)
     for group, clips in groups.items():
         shape = len(clips), len(clips[0][0]), size, size
-        out[group] = {"rgb": np.empty((*shape, 3), np.uint8), "flow": np.empty((*shape, 2), np.uint8)}
+        out[group] = {view: np.empty((*shape, 3 if view == "rgb" else 2), np.uint8) for view in views}
         for k, (indices, box) in enumerate(clips):
             for i, t in enumerate(indices):
-                uses[t].append((box, out[group]["rgb"][k, i], out[group]["flow"][k, i]))
+                uses[t].append((box, {view: x[k, i] for view, x in out[group].items()}))
     for t, frame, planes in frames:
-        u_v = planes[:len(planes) // 2], planes[len(planes) // 2:]
-        for box, rgb, flow in uses[t]:
-            cv2.cvtColor(cut(frame, box, size), cv2.COLOR_BGR2RGB, dst=rgb)
-            cv2.merge([cut_same_region(plane, box, size, *frame.shape[:2]) for plane in u_v], dst=flow)
-    return {group: {view: torch.from_numpy(x) for view, x in views.items()} for group, views in out.items()}
+        for box, to in uses[t]:
+            if "rgb" in views:
+                cv2.cvtColor(cut(frame, box, size), cv2.COLOR_BGR2RGB, dst=to["rgb"])
+            if "flow" in views:
+                u_v = planes[:len(planes) // 2], planes[len(planes) // 2:]
+                cv2.merge([cut_same_region(plane, box, size, *frame.shape[:2]) for plane in u_v], dst=to["flow"])
+    return {group: {view: torch.from_numpy(x) for view, x in by_view.items()} for group, by_view in out.items()}
 
 
 READ_ERRORS = (BadInput, OSError, cv2.error)  # what a file may do to its reader
@@ -224,19 +230,26 @@ class TrainClips(Clips):
                 for group, views in cut_clips(frames(wanted), boxed, self.size).items()}
 
 
+SPREAD = {"goca": (10, (0, 0.5, 1)), "fast": (4, (0.5,))}  # protocols of evenly spread test views: times, places
+
+
 class TestClips(Clips):
     """A video's test views, without augmentation: index -> {"rgb": uint8 [K, T, S, S, 3], "flow": ..., "weight"}.
 
-    protocol "goca": 3 places along the longer side x 10 times evenly spread, K = 30 (paper, section 4). "coclr":
-    windows of T frames every 15 over the whole video, centre place (CoCLR, ViCC). A square is the whole short side.
+    protocol "goca": 3 places along the longer side x 10 times evenly spread, K = 30 (paper, section 4). "fast": the
+    centre x 4 times. "coclr": windows of T frames every 15 over the whole video, centre place (CoCLR, ViCC). A square
+    is the whole short side.
+    views: ("rgb",) asks for no flow store and gives the same clips of RGB.
     Views that coincide, as in short videos and square frames, come once, with their share of the mean as `weight` [K].
     A video that can't be read, or takes more than `time_limit` seconds, all its views together, gives {"fault": why}.
     """
 
-    def __init__(self, videos, store, *, protocol="goca", frames=32, size=128, stride=1, time_limit=600):
+    def __init__(self, videos, store, *, views=("rgb", "flow"), protocol="goca", frames=32, size=128, stride=1,
+                 time_limit=600):
         super().__init__(videos)
         self.store, self.frames, self.size, self.stride = store, frames, size, stride
-        self.protocol, self.time_limit = protocol, time_limit
+        self.views, self.protocol, self.reader = views, protocol, None
+        self.time_limit = time_limit
 
     def item_bytes(self):
         return self.frames * self.size ** 2 * 5  # of one view; how many differ hangs on the video
@@ -244,28 +257,68 @@ class TestClips(Clips):
     def starts(self, n):
         """First frames of the views of a video with n usable frames."""
         room = max(0, n - self.stride * (self.frames - 1) - 1)
-        if self.protocol == "goca":
-            return [round(t) for t in np.linspace(0, room, 10)]
+        if self.protocol in SPREAD:
+            return [round(t) for t in np.linspace(0, room, SPREAD[self.protocol][0])]
         return list(range(0, room + 1, 15))
 
     def __getitem__(self, index):
         try:
             with self.reading(index):
-                video = self.videos[index]
-                return {**with_time_limit(self.time_limit, video.path, self._views, video), "index": index}
+                video, views = self.videos[index], self._views if "flow" in self.views else self._rgb_views
+                return {**with_time_limit(self.time_limit, video.path, views, video), "index": index}
         except READ_ERRORS as e:
+            self.reader = None  # a stalled one's thread may still hold it
             return {"index": index, "fault": error_message(self.videos[index], e)}
+
+    def _plan(self, n, square):
+        """Test views of n usable frames -> ([(frame indices, Box), ...], their weights [K], ascending frames)."""
+        clips = [clip_indices(start, self.frames, self.stride, n) for start in self.starts(n)]
+        _, places = SPREAD.get(self.protocol, (0, (0.5,)))
+        count = Counter((tuple(i), place) for i in clips for place in ((0.5,) if square else places))
+        weight = torch.tensor([n / sum(count.values()) for n in count.values()])
+        return [(i, Box(1, place, place)) for i, place in count], weight, sorted({t for clip in clips for t in clip})
 
     def _views(self, video):
         flow, _ = open_views(video, self.store)
-        clips = [clip_indices(start, self.frames, self.stride, len(flow)) for start in self.starts(len(flow))]
-        h, w = flow.shape  # of u over v; a square frame has one place
-        places = (0, 0.5, 1) if self.protocol == "goca" and h != 2 * w else (0.5,)
-        count = Counter((tuple(i), place) for i in clips for place in places)
-        views = [(i, Box(1, place, place)) for i, place in count]
-        wanted = sorted({t for clip in clips for t in clip})
-        cut = cut_clips(read_frames(video, flow, wanted), {"views": views}, self.size)["views"]
-        return {**cut, "weight": torch.tensor([n / sum(count.values()) for n in count.values()])}
+        h, w = flow.shape  # of u over v
+        n, reader = len(flow), None
+        if video.frames:  # flow is that of the whole film
+            n = min(n - video.first, max(1, video.frames - 1))
+            if n < 1:
+                raise BadInput(f"{video.path} ends before frame {video.first}")
+            reader = self._reader(video)
+        views, weight, wanted = self._plan(n, h == 2 * w)
+        come = ((t - video.first, *both) for t, *both in
+                read_frames(video, flow, [video.first + t for t in wanted], reader=reader))
+        return {**cut_clips(come, {"views": views}, self.size, self.views)["views"], "weight": weight}
+
+    def _rgb_views(self, video):
+        """Without flow. Planned by the frames that the file declares, and again where others decode."""
+        h, w = next(decode(video.path)).shape[:2]  # refuses what is no video, before anything else opens it
+        frames = video.frames or declared_frames(video.path) or 1
+        while True:
+            # the last one is left out as where there is flow, which has one less
+            views, weight, wanted = self._plan(max(1, frames - 1), h == w)
+            beyond = [frames - 1] if video.frames else [frames - 1, frames]  # does it end where it says?
+            reader = self._reader(video)
+            come = ((t - video.first, frame, None) for t, frame in
+                    reader.frames_at([video.first + t for t in sorted({*wanted, *beyond})]))
+            cut = cut_clips(come, {"views": views}, self.size, self.views)["views"]
+            if reader.position > video.first + frames and not video.frames:
+                for _ in reader.frames_at([sys.maxsize]):
+                    pass
+            found = reader.position - video.first
+            if found <= 0:
+                raise BadInput(f"{video.path} ends before frame {video.first}, at {reader.position}")
+            if found == frames:
+                return {**cut, "weight": weight}
+            frames = found
+
+    def _reader(self, video):
+        """A decoder that is not beyond the first frame of `video`; that of the piece before, if it is of one film."""
+        if not self.reader or self.reader.path != video.path or self.reader.position > video.first:
+            self.reader = FilmReader(video.path)
+        return self.reader
 
 
 class EpochBatches(Sampler):

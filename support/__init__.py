@@ -44,4 +44,7 @@ Use (stage 5)
     previews        eight frames of a film as one small picture that plays
     projection      features in two dimensions, for a map
     page            a page of films that opens by double click; its scripts and styles are in page_assets/
+    collection_index  features of every film of a folder, or of its pieces: what is new, what changed
+    grouping        groups of a collection by k-means, and how far they can be trusted
+    approximate     nearest neighbours by FAISS, for collections of 10^5 and more
 """

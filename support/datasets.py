@@ -22,6 +22,8 @@ class Video(NamedTuple):
     path: str
     name: str  # path below --videos without suffix: its key in the flow store
     label: int  # -1 where there are no labels
+    first: int = 0  # of a piece of a longer film: its first frame
+    frames: int | None = None  # and their number
 
 
 class VideoSet(NamedTuple):

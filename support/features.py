@@ -13,6 +13,7 @@ Work is kept every 16 videos, so an interrupted extraction goes on where it was;
 
 import hashlib
 import json
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -94,24 +95,28 @@ def check_store(store, settings, s):
                    f"with the same")
 
 
+def view_features(net, protocol, clips):
+    """Features of test views: {view: [B, C, T, S, S]} -> {view: [B, D]}, of unit length but under protocol "coclr"."""
+    f = {view: net.features(view, c) for view, c in clips.items()}
+    return f if protocol == "coclr" else {view: F.normalize(each, dim=1) for view, each in f.items()}
+
+
 @torch.inference_mode()
 def extract_blocks(net, videos, store, s, device, what, keep, done=()):
     """Features of `videos` block by block; calls keep(block, {view: float32 [k, D], "kept", "faults"}).
 
-    kept: places in `videos` of the k that could be read. done: blocks to leave out. Under protocol "goca" each view's
-    feature has unit length before the average.
+    kept: places in `videos` of the k that could be read. done: blocks to leave out. store: None where the network is
+    of RGB alone.
     """
-    clips = data.TestClips(videos, store, protocol=s.protocol, frames=s.frames, size=s.size, stride=s.stride)
-    views = list(net.backbones)
+    views = tuple(net.backbones)
+    clips = data.TestClips(videos, store, views=views, protocol=s.protocol, frames=s.frames, size=s.size,
+                           stride=s.stride)
     places = range(len(videos))
     blocks = {b: places[b * BLOCK:(b + 1) * BLOCK] for b in range(-(-len(videos) // BLOCK)) if b not in done}
     own = [i for block in blocks.values() for i in block]
+    call = partial(view_features, net, s.protocol)
     items = iter(Loader(clips, lambda done: {"sampler": own[done:], "batch_size": None}, s.workers))
     progress = tqdm(total=len(videos), initial=len(videos) - len(own), desc=what, unit="video", mininterval=1)
-
-    def of_views(x):
-        f = {view: net.features(view, c) for view, c in x.items()}
-        return {view: F.normalize(each, dim=1) for view, each in f.items()} if s.protocol == "goca" else f
 
     for b, block in blocks.items():
         parts, kept, faults = [], [], []
@@ -120,7 +125,7 @@ def extract_blocks(net, videos, store, s, device, what, keep, done=()):
             faults += [i["fault"] for i in group if "fault" in i]
             group = [i for i in group if "fault" not in i]
             if group:
-                parts.append(mean_over_views(of_views, group, views, device, s.batch_views))
+                parts.append(mean_over_views(call, group, views, device, s.batch_views))
                 kept += [i["index"] for i in group]
         values = {v: torch.cat([p[v] for p in parts]) if parts else torch.zeros(0, net.backbones[v].feature_dim)
                   for v in views}

@@ -85,6 +85,32 @@ def decode(path, fps=0):
         raise BadInput(f"{path} holds no frame that OpenCV can decode; is it a video?")
 
 
+class FilmReader:
+    """Frames of a film for calls that go forward: its pieces, one after the other, cost one pass together.
+
+    position: frames decoded so far. Raises BadInput as `decode` where there is nothing to open."""
+
+    def __init__(self, path):
+        self.path, self.position = path, 0
+        self.video = None if os.path.isdir(path) else _open_decoder(path)
+
+    def frames_at(self, wanted):
+        """Yield (t, uint8 [H, W, 3] BGR) for the frames `wanted` (ascending, none before `position`), as far as they
+        decode. Frames between are decoded but not converted."""
+        if self.video is None:
+            yield from frame_folders.read_frames(self.path, wanted)
+            self.position = min(wanted[-1] + 1, declared_frames(self.path))
+            return
+        need = set(wanted)
+        while self.position <= wanted[-1] and self.video.grab():
+            if self.position in need:
+                ok, frame = self.video.retrieve()
+                if not ok:
+                    break
+                yield self.position, frame
+            self.position += 1
+
+
 def _on_screen(path, wanted, stored):
     """Yield (t, frame number stored[t] of a video) for each t of `wanted` (ascending) below len(stored)."""
     users = defaultdict(list)
@@ -105,17 +131,11 @@ def frames_at(path, wanted, fps=0):
     if os.path.isdir(path):
         yield from frame_folders.read_frames(path, wanted)
         return
-    video, need, some = _open_decoder(path), set(wanted), False
-    for t in range(wanted[-1] + 1):
-        if not video.grab():
-            break
-        if t in need:
-            ok, frame = video.retrieve()
-            if not ok:
-                break
-            some = True
-            yield t, frame
-    video.release()
+    reader, some = FilmReader(path), False
+    for item in reader.frames_at(wanted):
+        some = True
+        yield item
+    reader.video.release()
     if not some:
         raise BadInput(f"{path} holds no frame that OpenCV can decode; is it a video?")
 

@@ -1,6 +1,6 @@
 """Every claim of speed as a ratio against its baseline, both measured in one run: `python -m experiments.bench`.
 
-In   rows to run (all by default): operator step loader prototypes evaluation flow
+In   rows to run (all by default): operator step loader prototypes evaluation flow search
 Out  a table, and with --json FILE a list of objects {row, case, device, threads, baseline_ms, ours_ms, ratio, floor_ms}
 
 Ours and the baseline take turns and the medians are compared, so that the load of other jobs meets both. Each row first
@@ -13,6 +13,7 @@ loader      from files to 2 long and 4 short augmented clips of both views (load
 prototypes  Eq. 11 for 1000 x 128 against SGD as published (prototypes.py)
 evaluation  exact retrieval and k-means (evaluation.py)
 flow        TV-L1 against OpenCV's (flow.py)
+search      the nearest of a film in an index against FAISS, where that is installed (search.py)
 """
 
 import argparse
@@ -24,12 +25,13 @@ from experiments.bench.loader import loader
 from experiments.bench.measure import add_device, device_of
 from experiments.bench.operator import operator
 from experiments.bench.prototypes import prototypes
+from experiments.bench.search import search
 from experiments.bench.step import step
 from support.cli import Help, command_line
 from support.files import atomic, check_writable
 
 ROWS = {"operator": operator, "step": step, "loader": loader, "prototypes": prototypes, "evaluation": evaluation,
-        "flow": flow}
+        "flow": flow, "search": search}
 
 
 def main():

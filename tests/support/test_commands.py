@@ -9,14 +9,15 @@ import evaluate
 import flow
 import pretrain
 import prototypes
+import search
 from experiments import figures, scaling, tables, walkers
 from experiments.bench import __main__ as bench
 from experiments.bench import prototypes as bench_prototypes
 from support.errors import BadInput
 from support.video_index import main
 
-COMMANDS = {"pretrain.py": pretrain.arguments, "evaluate.py": evaluate.arguments, "flow.py": flow.main,
-            "prototypes.py": prototypes.main, "python -m support.video_index": main,
+COMMANDS = {"pretrain.py": pretrain.arguments, "evaluate.py": evaluate.arguments, "search.py": search.arguments,
+            "flow.py": flow.main, "prototypes.py": prototypes.main, "python -m support.video_index": main,
             **{f"python -m {m.__name__.removesuffix('.__main__')}": m.main for m in (
                 bench, bench_prototypes, figures, scaling, tables, walkers)}}
 

@@ -1,0 +1,463 @@
+"""search.py: what an index holds and when it is made anew, neighbours and their times, groups, bad input."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.clips import film
+from helpers.evaluation import checkpoint, in_two_processes
+from helpers.paths import ROOT
+
+import data
+import search
+from support import approximate, collection_index
+from support.collection_index import Collection, load_collection, save_collection
+from support.datasets import Video
+from support.errors import BadInput
+from support.features import BLOCK, extract_blocks
+from support.grouping import make_groups
+from support.inference import to_input
+from support.metrics import nearest
+from support.stores import FlowStore
+from support.videos import FilmReader, decode
+from support.weights import export
+
+NAMES = ("a", "b/c", "b/d", "e", "<script>alert(1)<")
+
+
+@pytest.fixture(scope="module")
+def films(tiny, tmp_path_factory):
+    """A folder of five films, and a run."""
+    root = tmp_path_factory.mktemp("collection")
+    for name, path in zip(NAMES, sorted(tiny.videos.rglob("*.avi"))[::5], strict=False):
+        target = root / "films" / f"{name}.avi"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    (root / "run").mkdir()
+    checkpoint(root / "run")
+    return root
+
+
+def index(films, out, *more, videos=None, checkpoint=None):
+    return search.main(["index", "--checkpoint", str(checkpoint or films / "run"), "--videos",
+                        str(videos or films / "films"), "--out", str(out), "--workers", "0", *more])
+
+
+@pytest.fixture(scope="module")
+def rgb_index(films):
+    assert index(films, films / "rgb.npz") == 0
+    return films / "rgb.npz"
+
+
+def query(path, video, tmp_path, *more):
+    assert search.main(["query", "--index", str(path), str(video), "--json", str(tmp_path / "q.json"), *more]) == 0
+    out = json.loads((tmp_path / "q.json").read_text())
+    assert out["query"] == str(video)
+    return out["results"]
+
+
+@pytest.fixture
+def extracted(monkeypatch):
+    """The names of the films of each extraction."""
+    calls = []
+
+    def recorded(net, videos, *args):
+        calls.append(sorted(v.name for v in videos))
+        return extract_blocks(net, videos, *args)
+
+    monkeypatch.setattr(collection_index, "extract_blocks", recorded)
+    return calls
+
+
+def made_up(path, values, **header):
+    """An index of made-up rows {view: [n, D]}."""
+    n = len(next(iter(values.values())))
+    values = {v: (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32) for v, x in values.items()}
+    header = {"videos": "/films", "views": list(values), "segment": None, "flow": None, **header}
+    save_collection(path, Collection(header, np.array([f"{i:04d}.avi" for i in range(n)]),
+                                     np.tile([0.0, 2.0], (n, 1)), np.zeros((n, 2), np.int64),
+                                     np.zeros((n, 4), np.int64), values))
+    return path
+
+
+# --- clips of RGB alone ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("declared", [None, 3, 12, 90, 0])
+@pytest.mark.parametrize("protocol", ["goca", "fast", "coclr"])
+def test_rgb_without_flow_has_the_clips_that_it_has_beside_flow(tiny, monkeypatch, protocol, declared):
+    """Whatever the container declares."""
+    videos = [Video(str(p), str(p.relative_to(tiny.videos).with_suffix("")), 0) for p in tiny.videos.rglob("*g01*.avi")]
+    how = {"protocol": protocol, "frames": 4, "size": 16}
+    both = data.TestClips(videos, FlowStore(tiny.flow), **how)
+    alone = data.TestClips(videos, None, views=("rgb",), **how)
+    if declared is not None:
+        monkeypatch.setattr(data, "declared_frames", lambda path: declared)
+    for i in (0, 1):
+        assert torch.equal(both[i]["rgb"], alone[i]["rgb"]) and torch.equal(both[i]["weight"], alone[i]["weight"])
+        assert "flow" not in alone[i] and len(alone[i]["rgb"]) > (protocol != "coclr")
+
+
+def test_pieces_are_cut_from_their_frames_in_one_pass(tmp_path, monkeypatch):
+    frames = [np.full((24, 32, 3), 5 * t, np.uint8) for t in range(40)]
+    path, opened = str(film(tmp_path / "f.avi", frames, fps=10)), []
+    monkeypatch.setattr(data, "FilmReader", lambda path: opened.append(path) or FilmReader(path))
+    pieces = [Video(path, "f", -1, first, 10) for first in (0, 10, 20, 30, 40)]
+    clips = data.TestClips(pieces, None, views=("rgb",), protocol="fast", frames=4, size=8)
+    for first, item in zip((0, 10, 20, 30), map(clips.__getitem__, range(4)), strict=True):
+        seen = {round(t.float().mean().item() / 5) for clip in item["rgb"] for t in clip}
+        assert {first, first + 8} <= seen <= set(range(first, first + 9))  # the last frame has no flow
+    assert len(opened) == 1
+    assert "ends before frame 40" in clips[4]["fault"]
+
+
+# --- index -----------------------------------------------------------------------------------------------------------
+def test_an_index_holds_each_film_s_mean_feature(films, rgb_index):
+    """By hand: unit features of the test views, their weighted mean, unit length; NumPy reads it without pickle."""
+    with np.load(rgb_index, allow_pickle=False) as f:
+        rows, files, header = f["rgb"], f["files"].tolist(), json.loads(str(f["header"]))
+        assert f["spans"].tolist() == [[0, 12 / 25]] * 5
+    assert files == sorted(f"{n}.avi" for n in NAMES) and header["views"] == ["rgb"]
+    assert (header["protocol"], header["flow"], header["size"]) == ("fast", None, 32)
+    net, _ = collection_index.open_network([str(films / "run")])
+    videos = [Video(str(films / "films" / file), file, -1) for file in files]
+    clips = data.TestClips(videos, None, views=("rgb",), protocol="fast", frames=8, size=32)
+    for i, row in enumerate(rows):
+        with torch.inference_mode():
+            each = F.normalize(net.features("rgb", to_input("rgb", clips[i]["rgb"], torch.device("cpu"))), dim=1)
+        expected = F.normalize((each * clips[i]["weight"][:, None]).sum(0), dim=0)
+        torch.testing.assert_close(torch.from_numpy(row), expected, rtol=0, atol=1e-5)
+    assert (rows @ rows.T)[~np.eye(5, dtype=bool)].max() < 1 - 1e-5  # they differ
+
+
+def test_only_new_and_changed_films_are_read(films, tmp_path, capsys, extracted):
+    videos, out = tmp_path / "films", tmp_path / "i.npz"
+    shutil.copytree(films / "films", videos)
+    index(films, out, videos=videos)
+    index(films, out, videos=videos)
+    assert extracted == [sorted(NAMES)] and "0 new, 0 changed, 5 as before, 0 gone" in capsys.readouterr().out
+    before = load_collection(out)
+    shutil.copy(videos / "e.avi", videos / "new.avi")
+    shutil.copy(videos / "e.avi", videos / "a.avi")
+    (videos / "b" / "d.avi").unlink()
+    index(films, out, videos=videos)
+    assert extracted[1:] == [["a", "new"]] and "1 new, 1 changed, 3 as before, 1 gone" in capsys.readouterr().out
+    rows = dict(zip(load_collection(out).files.tolist(), load_collection(out).values["rgb"], strict=True))
+    assert set(rows) == {"a.avi", "new.avi", "e.avi", "b/c.avi", "<script>alert(1)<.avi"}
+    np.testing.assert_allclose(rows["a.avi"], rows["e.avi"], atol=1e-5)
+    assert np.array_equal(rows["b/c.avi"], before.values["rgb"][before.files.tolist().index("b/c.avi")])
+
+
+def test_interrupted_it_goes_on(films, rgb_index, tmp_path, monkeypatch, extracted):
+    monkeypatch.setattr(collection_index, "BLOCK", 2)
+    monkeypatch.setattr("support.features.BLOCK", 2)
+    save, out = collection_index.save_collection, tmp_path / "i.npz"
+
+    def save_one(path, collection):
+        save(path, collection)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collection_index, "save_collection", save_one)
+        with pytest.raises(KeyboardInterrupt):
+            index(films, out)
+    assert not out.exists() and len(os.listdir(tmp_path)) == 1
+    index(films, out)
+    assert [len(names) for names in extracted] == [5, 3] and os.listdir(tmp_path) == ["i.npz"]
+    one, other = load_collection(rgb_index), load_collection(out)
+    assert one.files.tolist() == other.files.tolist()
+    np.testing.assert_allclose(one.values["rgb"], other.values["rgb"], atol=1e-5)
+
+
+def test_two_processes_share_the_work(films, rgb_index, tmp_path):
+    videos = tmp_path / "films"
+    for k in range(BLOCK // 5 + 1):
+        shutil.copytree(films / "films", videos / str(k))
+    out = in_two_processes("index", "--checkpoint", str(films / "run"), "--videos", str(videos), "--out",
+                           str(tmp_path / "i.npz"), "--workers", "0", script=ROOT / "search.py")
+    assert out.stdout.count("2 process(es)") == 1 and os.listdir(tmp_path).count("i.npz") == 1
+    one, many = load_collection(rgb_index), load_collection(tmp_path / "i.npz")
+    assert len(many.files) == 5 * (BLOCK // 5 + 1) > BLOCK
+    row = dict(zip(one.files.tolist(), one.values["rgb"], strict=True))
+    for file, x in zip(many.files.tolist(), many.values["rgb"], strict=True):
+        np.testing.assert_allclose(x, row[file.split("/", 1)[1]], atol=1e-5)
+
+
+def test_other_weights_and_settings_are_refused(films, rgb_index, tmp_path):
+    out = shutil.copy(rgb_index, tmp_path / "i.npz")
+    (tmp_path / "run").mkdir()
+    checkpoint(tmp_path / "run", seed=1)
+    for more, what in (((), "weights"), (("--protocol", "goca"), "protocol: fast there, goca now"),
+                       (("--segment", "0.2"), "segment: none there, 0.2 now"),
+                       (("--stride", "2"), "stride: 1 there, 2 now")):
+        with pytest.raises(BadInput, match=f"made with other weights or settings .*{what}.*; give those, or another"):
+            index(films, out, *more, checkpoint=None if more else tmp_path / "run")
+    assert Path(out).read_bytes() == rgb_index.read_bytes()
+    with pytest.raises(BadInput, match=r"is of other weights than .*run holds now; index the films anew"):
+        search.main(["query", "--index", str(out), str(films / "films" / "a.avi"), "--checkpoint",
+                     str(tmp_path / "run")])
+
+
+def test_films_that_cannot_be_read_are_counted_and_named(films, tmp_path, capsys):
+    videos = tmp_path / "films"
+    videos.mkdir()
+    shutil.copy(films / "films" / "a.avi", videos / "good.avi")
+    (videos / "empty.avi").touch()
+    (videos / "text.mp4").write_text("no film")
+    assert index(films, tmp_path / "i.npz", videos=videos) == 0
+    said = capsys.readouterr().out
+    assert "left out: " in said and "empty.avi is empty" in said and "text.mp4 holds no frame" in said
+    assert "holds 1 films by rgb" in said and "2 left out" in said
+    (videos / "good.avi").unlink()
+    with pytest.raises(BadInput, match=r"none of the films below .* can be read; the first: .*empty.avi is empty"):
+        index(films, tmp_path / "j.npz", videos=videos)
+
+
+def test_an_export_and_its_run_give_one_index(films, rgb_index, tmp_path):
+    export(films / "run", tmp_path / "backbones.pt")
+    index(films, tmp_path / "i.npz", checkpoint=tmp_path / "backbones.pt")
+    assert np.array_equal(load_collection(rgb_index).values["rgb"], load_collection(tmp_path / "i.npz").values["rgb"])
+
+
+# --- query -----------------------------------------------------------------------------------------------------------
+def test_the_nearest_of_a_film_from_elsewhere(films, rgb_index, tmp_path, capsys):
+    """A copy of a film of the index, which comes first; the rest by their inner products with it."""
+    copy = shutil.copy(films / "films" / "b" / "c.avi", tmp_path / "copy.avi")
+    found = query(rgb_index, copy, tmp_path)
+    held = load_collection(rgb_index)
+    rows = held.values["rgb"].astype(np.float64)
+    cosine = rows @ rows[held.files.tolist().index("b/c.avi")]
+    order = np.argsort(-cosine)
+    assert [r["path"] for r in found] == [str(films / "films" / held.files[i]) for i in order]
+    assert [r["similarity"] for r in found] == pytest.approx(cosine[order], abs=2e-6)
+    assert {(r["start_s"], r["end_s"]) for r in found} == {(0, 0.48)}
+    said = capsys.readouterr().out
+    assert re.search(r"rgb, 5 entries: .*decoding \d.*network \d.*search \d", said)
+    assert f"--k 10 is more than the 5 entries of {rgb_index}; all are given" in said
+    assert len(query(rgb_index, copy, tmp_path, "--k", "2")) == 2
+    assert "is more than" not in capsys.readouterr().out
+
+
+def test_flow_of_the_query_is_made_as_that_of_the_index(tiny, tmp_path, capsys):
+    """Of a film from elsewhere; by both views, and by RGB alone, for which none is made."""
+    (tmp_path / "run").mkdir()
+    checkpoint(tmp_path / "run", flow_header=FlowStore(tiny.flow).header)
+    out, more = tmp_path / "i.npz", ["--flow", str(tiny.flow)]
+    index(tmp_path, out, *more, videos=tiny.videos)
+    assert load_collection(out).header["views"] == ["rgb", "flow"] and len(load_collection(out).files) == 30
+    first = load_collection(out).paths()[7]
+    copy = shutil.copy(first, tmp_path / "copy.avi")
+    for view in ("rgb+flow", "flow", "rgb"):
+        capsys.readouterr()
+        found = query(out, copy, tmp_path, "--view", view)
+        assert found[0]["path"] == first and found[0]["similarity"] == pytest.approx(1, abs=1e-5)
+        assert found[1]["similarity"] < 1 - 1e-5
+        assert ("flow 0." in capsys.readouterr().out) == (view != "rgb")
+    x = load_collection(out).values
+    both = x["rgb"] + x["flow"]
+    both /= np.linalg.norm(both, axis=1, keepdims=True)
+    expected = np.sort(both @ both[7])[::-1][:10]
+    assert [r["similarity"] for r in query(out, copy, tmp_path)] == pytest.approx(expected, abs=1e-5)
+
+
+def test_pieces_have_their_times(films, tmp_path, tiny):
+    """A film of three films, one after the other; a query of the second finds its second."""
+    parts = [list(map(np.ascontiguousarray, decode(str(films / "films" / f"{n}.avi")))) for n in "ae"]
+    other = list(decode(str(films / "films" / "b" / "c.avi")))
+    film(tmp_path / "films" / "long.avi", parts[0] + other + parts[1], fps=12)
+    film(tmp_path / "query.avi", other, fps=12)
+    out = tmp_path / "i.npz"
+    index(films, out, "--segment", "1", videos=tmp_path / "films")
+    assert load_collection(out).spans.tolist() == [[0, 1], [1, 2], [2, 3]]
+    found = query(out, tmp_path / "query.avi", tmp_path)
+    assert (found[0]["start_s"], found[0]["end_s"]) == (1, 2) and found[0]["similarity"] == pytest.approx(1, abs=1e-5)
+    assert found[1]["similarity"] < 1 - 1e-5
+    # each piece of a query counts
+    film(tmp_path / "two.avi", other + parts[1], fps=12)
+    found = query(out, tmp_path / "two.avi", tmp_path)
+    assert {r["start_s"] for r in found[:2]} == {1, 2} and found[1]["similarity"] == pytest.approx(1, abs=1e-5)
+    assert search.main(["groups", "--index", str(out), "--num", "2", "--json", str(tmp_path / "g.json")]) == 0
+    members = [m for g in json.loads((tmp_path / "g.json").read_text())["groups"] for m in g["members"]]
+    assert sorted(members) == [f"{tmp_path}/films/long.avi#t={t},{t + 1}" for t in range(3)]
+
+
+def test_pieces_of_films_whose_flow_is_whole(tiny, tmp_path):
+    (tmp_path / "run").mkdir()
+    checkpoint(tmp_path / "run")
+    out = tmp_path / "i.npz"
+    index(tmp_path, out, "--flow", str(tiny.flow), "--segment", "0.24", videos=tiny.videos)
+    held = load_collection(out)
+    assert len(held.files) == 60 and held.frames[:2].tolist() == [[0, 6], [6, 6]]
+    found = query(out, held.paths()[9], tmp_path)
+    assert {r["path"] for r in found[:2]} == {held.paths()[9]}
+    assert found[1]["similarity"] == pytest.approx(1, abs=1e-5)
+
+
+def test_flow_in_segments_or_at_another_rate_is_refused(tiny, films, tmp_path):
+    for header, more, words in (({"segment": 5}, [], "--segment 5, and an index needs the flow of whole films"),
+                                ({"fps": 8}, ["--segment", "1"], "--fps 8, and an index of pieces needs")):
+        (tmp_path / "header.json").write_text(json.dumps({**FlowStore(tiny.flow).header, **header}))
+        with pytest.raises(BadInput, match=words):
+            index(films, tmp_path / "i.npz", "--flow", str(tmp_path), *more)
+
+
+# --- FAISS -----------------------------------------------------------------------------------------------------------
+def unit_rows(n, dim, seed=0):
+    rng = np.random.default_rng(seed)
+    return F.normalize(torch.from_numpy(rng.standard_normal((n, dim), np.float32)), dim=1)
+
+
+def test_of_several_pieces_the_best_similarity_counts():
+    x, q = unit_rows(500, 16), unit_rows(3, 16, seed=1)
+    values, places = search.best(q, x, 20, lambda k: nearest(q, x, k))
+    everything = (x @ q.T).max(1).values.topk(20)
+    torch.testing.assert_close(values, everything.values)
+    assert torch.equal(places, everything.indices)
+
+
+def test_faiss_finds_what_it_says_and_is_kept(films, rgb_index, tmp_path, capsys):
+    """On 3000 rows an inverted file, which finds 95 % of the nearest; on five films all."""
+    pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    x, q = unit_rows(3000, 8), unit_rows(100, 8, seed=1)
+    index, recall = approximate.build(x)
+    near = torch.from_numpy(index.search(q.numpy(), 10)[1])
+    found = (near[:, :, None] == nearest(q, x, 10)[:, None]).any(2).double().mean()
+    assert 0.95 <= recall and 0.9 < found and index.nlist == 76 and index.nprobe < 76
+
+    path, film = shutil.copy(rgb_index, tmp_path / "i.npz"), films / "films" / "a.avi"
+    exact = query(path, film, tmp_path)
+    assert query(path, film, tmp_path, "--engine", "faiss") == exact
+    assert "finds 100 % of the ten nearest" in capsys.readouterr().out
+    made, = tmp_path.glob("i.npz.rgb.*.faiss")
+    stamp = made.stat().st_mtime_ns
+    assert query(path, film, tmp_path, "--engine", "faiss") == exact and made.stat().st_mtime_ns == stamp
+    os.utime(path)  # another state of the collection
+    assert query(path, film, tmp_path, "--engine", "faiss") == exact
+    again, = tmp_path.glob("i.npz.rgb.*.faiss")
+    assert again != made
+
+
+def test_without_faiss_the_search_is_exact(films, rgb_index, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(approximate, "installed", lambda: False)
+    film = films / "films" / "a.avi"
+    assert query(rgb_index, film, tmp_path, "--engine", "faiss")[0]["path"] == str(film)
+    assert "FAISS is not installed" in capsys.readouterr().out
+
+
+def test_the_lines_of_the_documentation_hand_an_index_to_faiss(tmp_path, capsys):
+    pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    rng = np.random.default_rng(0)
+    made_up(tmp_path / "films.npz", {"rgb": rng.standard_normal((300, 24))})
+    lines = re.search(r"```py\n(.*?)```", (ROOT / "docs" / "search.md").read_text(), re.DOTALL)[1]
+    assert len(lines.splitlines()) <= 10
+    done = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    x = load_collection(tmp_path / "films.npz").values["rgb"]
+    nearest = np.argsort(-(x @ x[0]))[:5]
+    assert [f"/films/{i:04d}.avi" for i in nearest] == re.findall(r"/films/\d+\.avi", done.stdout)
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------
+def test_groups_of_three_directions(tmp_path, capsys):
+    """Ten, eight and two rows about three axes: the groups, the nearest to each centre, how tight, how sure."""
+    rng = np.random.default_rng(0)
+    x = np.repeat(np.eye(3), [10, 8, 2], axis=0) + 0.1 * rng.standard_normal((20, 3))
+    x[15:18] = np.eye(3)[1] + 0.2 * rng.standard_normal((3, 3))
+    path = made_up(tmp_path / "i.npz", {"rgb": x})
+    assert search.main(["groups", "--index", str(path), "--num", "3", "--json", str(tmp_path / "g.json")]) == 0
+    out = json.loads((tmp_path / "g.json").read_text())
+    assert [g["size"] for g in out["groups"]] == [10, 8, 2] and out["agreement"] == 1 and out["silhouette"] > 0.5
+    unit = load_collection(path).values["rgb"]
+    for g, at in zip(out["groups"], (range(10), range(10, 18), range(18, 20)), strict=True):
+        rows = unit[list(at)]
+        centre = rows.mean(0) / np.linalg.norm(rows.mean(0))
+        assert g["members"] == [f"/films/{at[i]:04d}.avi" for i in np.argsort(-(rows @ centre), kind="stable")]
+        assert g["typical"] == g["members"][:5] and g["tightness"] == pytest.approx((rows @ centre).mean(), abs=1e-5)
+    assert out["groups"][1]["tightness"] < out["groups"][0]["tightness"]
+    said = capsys.readouterr().out
+    assert "group 1: 10, mean cosine with its centre 0.9" in said and "20 starts agree by 1.00" in said
+
+
+def test_starts_that_disagree_say_so(tmp_path):
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((200, 64), np.float32))
+    found = make_groups(F.normalize(x, dim=1), 10)
+    assert found.agreement < 0.5 and abs(found.silhouette) < 0.1 and sum(map(len, found.members)) == 200
+
+
+# --- page ------------------------------------------------------------------------------------------------------------
+def embedded(page):
+    """The data of a page, and its text."""
+    text = (page / "index.html").read_text()
+    return json.loads(re.search(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', text, re.DOTALL)[1]), text
+
+
+def test_the_page_of_a_collection(films, rgb_index, tmp_path, capsys):
+    """Its films, groups as `groups` has them, a map, previews; once films have moved, the same with their names."""
+    videos, out = tmp_path / "films", tmp_path / "page"
+    shutil.copytree(films / "films", videos)
+    index(films, tmp_path / "i.npz", videos=videos)
+    command = ["page", "--index", str(tmp_path / "i.npz"), "--out", str(out), "--num", "2"]
+    assert search.main(command) == 0
+    found, text = embedded(out)
+    held = load_collection(tmp_path / "i.npz")
+    assert [f["name"] for f in found["films"]] == held.files.tolist() and found["views"] == ["rgb"]
+    assert "<script>alert" not in text
+    assert all((out / "previews" / f["strip"][0]).is_file() and f["end"] is None for f in found["films"])
+    assert len(found["maps"]["rgb"]) == 5
+    assert [g["members"] for g in found["groups"]["rgb"]] == make_groups(search.matrix(held, "rgb"), 2).members
+    assert "0 of them of films that can't be read any more" in capsys.readouterr().out
+    videos.rename(tmp_path / "elsewhere")
+    assert search.main(command) == 0
+    moved, _ = embedded(out)
+    said = capsys.readouterr().out
+    assert [f["strip"] for f in moved["films"]] == [f["strip"] for f in found["films"]]
+    assert all("doesn't exist" in f["missing"] for f in moved["films"])
+    assert said.count("doesn't exist") == 5 and "5 of them of films that can't be read any more; index" in said
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+def test_bad_input(films, rgb_index, tmp_path):
+    one = made_up(tmp_path / "one.npz", {"rgb": np.ones((1, 4))})
+    five = made_up(tmp_path / "five.npz", {"rgb": np.random.default_rng(0).standard_normal((5, 4))})
+    (tmp_path / "damaged.npz").write_bytes(five.read_bytes()[:300])
+    np.savez(tmp_path / "other.npz", x=np.ones(3))
+    (tmp_path / "empty.avi").touch()
+    (tmp_path / "text.avi").write_text("text")
+    video = str(films / "films" / "a.avi")
+    for command, message in (
+            (["groups", "--index", one, "--num", "1"], "one.npz holds one entry, and groups need two"),
+            (["groups", "--index", five, "--num", "6"], "--num 6 is more than the 5 entries of .*five.npz; choose 2"),
+            (["groups", "--index", five, "--num", "2", "--view", "flow"], "--view flow: .* holds rgb only; index the "
+                                                                          "films with --flow"),
+            (["groups", "--index", tmp_path / "no.npz", "--num", "2"], "no.npz doesn't exist; make it with: python "
+                                                                       "search.py index"),
+            (["groups", "--index", tmp_path / "damaged.npz", "--num", "2"], "damaged.npz is damaged"),
+            (["query", "--index", tmp_path / "other.npz", video], "other.npz is damaged or no index of a collection"),
+            (["query", "--index", rgb_index, tmp_path / "empty.avi"], "empty.avi is empty"),
+            (["query", "--index", rgb_index, tmp_path / "text.avi"], "text.avi holds no frame"),
+            (["query", "--index", rgb_index, tmp_path / "none.avi"], "none.avi doesn't exist"),
+            (["query", "--index", rgb_index, video, "--checkpoint", tmp_path / "gone"], "gone doesn't exist"),
+            (["index", "--checkpoint", films / "run", "--videos", tmp_path / "gone", "--out", tmp_path / "x.npz"],
+             "gone is no folder"),
+            (["index", "--checkpoint", films / "run", "--videos", films / "films", "--views", "flow", "--out",
+              tmp_path / "x.npz"], "flow needs --flow")):
+        with pytest.raises(BadInput, match=message):
+            search.main([str(c) for c in command])
+
+
+def test_a_query_of_one_film_gives_that_one(films, tmp_path, capsys):
+    (tmp_path / "films").mkdir()
+    shutil.copy(films / "films" / "a.avi", tmp_path / "films" / "a.avi")
+    index(films, tmp_path / "i.npz", videos=tmp_path / "films")
+    found = query(tmp_path / "i.npz", films / "films" / "e.avi", tmp_path)
+    assert [r["path"] for r in found] == [str(tmp_path / "films" / "a.avi")]
+    assert "--k 10 is more than the 1 entry of" in capsys.readouterr().out
+    assert search.main(["page", "--index", str(tmp_path / "i.npz"), "--out", str(tmp_path / "p"), "--num", "3"]) == 0
+    assert "--num 3 is more than the 1 entry of" in capsys.readouterr().out
+    assert embedded(tmp_path / "p")[0]["groups"] == {}
