@@ -339,14 +339,17 @@ def disturb(argv, said, disturbance, step, status):
 
 
 def agree(late):
-    """A signal to one process in call 2 and a timer of another in call 3 are read by all in the same call."""
+    """A signal to one process in call 2, a timer of another in call 3, and a number on the device, are read by all in
+    the same call."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     agreement = MaxOverRanks(torch.device("cpu"), 2, late)
-    said = [agreement(10 * (rank == 1 and call >= 2), rank == 0 and call == 3) for call in range(6)]
-    signals, timer = zip(*said, strict=True)
+    said = [agreement(10 * (rank == 1 and call >= 2), rank == 0 and call == 3, torch.tensor(call + rank))
+            for call in range(6)]
+    signals, timer, on_device = zip(*said, strict=True)
     assert signals == (*[0] * (2 + late), *[10] * (4 - late)), signals
     assert timer == tuple(int(call == 3 + late) for call in range(6)), timer
+    assert on_device == (*[0] * late, *range(1, 7 - late)), on_device
     assert len(agreement.pending) == late
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from support import watchdog
 from support.distributed import MaxOverRanks, start_processes
 from support.errors import EXIT_LOST, BadInput
+from support.run import named_failures
 from support.watchdog import Watchdog, is_peer_failure
 
 
@@ -36,6 +37,29 @@ def test_a_lost_process_is_known_by_the_words_of_gloo_and_nccl(error):
                                    RuntimeError("shape '[2]' is invalid for input of size 3")])
 def test_other_errors_are_none(error):
     assert not is_peer_failure(error)
+
+
+@pytest.mark.parametrize(("error", "words"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+     r"out of memory \(CUDA out of memory.*\) with --batch-size 3"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers "
+                  "are out of shared memory"), r"out of shared memory\).*--shm-size or --ipc=host, or --workers 0")])
+def test_what_a_run_lacks_is_named(error, words):
+    with pytest.raises(BadInput, match=words), named_failures("--batch-size 3", 600):
+        raise error
+
+
+def test_lost_processes_are_named_where_there_are_others(monkeypatch, capsys):
+    lost = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3")
+    with pytest.raises(RuntimeError, match="Connection closed"), named_failures("", 600):
+        raise lost
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as left, named_failures("", 600):
+        raise lost
+    assert left.value.code == EXIT_LOST and "error: process 1 lost the others (" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="invalid for input"), named_failures("", 600):
+        raise RuntimeError("shape '[2]' is invalid for input of size 3")
 
 
 @pytest.mark.parametrize(("environment", "words"), [

@@ -71,13 +71,13 @@ def test_a_dying_process_under_torchrun_is_started_again_and_nothing_is_lost(tin
 
 
 @pytest.mark.parametrize(("disturbance", "status", "words"), [
-    ("hang", [75, 75], ["did not finish step 2 in 3 s (--timeout); it is at", "in hang"]),
+    ("hang", [75, 75], ["did not finish step 2 in 10 s (--timeout); it is at", "in hang"]),
     ("die", [75, 1], ["process 0 lost the others ("]),
     ("starve", [75, 2], ["error: out of memory (CUDA out of memory. Tried to allocate 2 GiB) with --batch"]),
     ("warn", [128 + signal.SIGUSR1] * 2, ["asked to stop (signal 10): saved step 2 of 10"])])
 def test_what_becomes_of_two_processes_when_one_is_disturbed(tiny, forked, tmp_path, disturbance, status, words):
     """In step 2 one hangs, dies, lacks memory, or gets Slurm's warning: each leaves with its status and a message."""
-    argv = command(tiny, "--batch-size", "4", "--timeout", "3", "--out", str(tmp_path / "run"))
+    argv = command(tiny, "--batch-size", "4", "--timeout", "10", "--out", str(tmp_path / "run"))
     forked("disturb", argv=argv, said=tmp_path / "said", disturbance=disturbance, step=2, status=status)
     said = (tmp_path / "said0").read_text() + (tmp_path / "said1").read_text()
     assert all(w in said for w in words) and "Traceback" not in said, said
