@@ -47,6 +47,7 @@ from support.errors import BadInput
 from support.files import load_arrays
 from support.optim import LARS, AdamW, learning_rate, scaled_rate, set_rate
 from support.run import Run, continue_run, locked, named_failures
+from support.segments import expand
 from support.stores import FlowStore, RgbStore
 from support.training_flags import parser, without_effect
 from support.training_log import Log, against_out_of_memory, commit, plan
@@ -254,6 +255,7 @@ def read_data(s):
     the prototypes [N, d]. Raises BadInput."""
     store, rgb = FlowStore(s.flow), RgbStore(s.rgb) if s.rgb else None
     found = read_split(s.dataset, s.videos, s.splits, s.split, "train", s.index)
+    found = found._replace(videos=expand(found.videos, store, rgb))
     videos = [v for v in found.videos if v.name in store and (rgb is None or v.name in rgb)]
     if not videos:
         raise BadInput(f"{s.flow} holds the flow{f', or {s.rgb} the RGB,' if rgb else ''} of none of the "
