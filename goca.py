@@ -26,6 +26,16 @@ With multipliers alpha_i (rows) and beta_j (columns) the derivative by D_ij must
 The prior enters with a plus: raising lambda2 moves D towards D'. u and v follow from the marginals by Sinkhorn's
 iteration; constants such as the -0.5 of Eq. 10, or a factor of D', are absorbed by them.
 
+Which views take a prior: `prior_views`, of rgb and of flow. (True, True) is the paper, Eqs. 6 and 7. At convergence the
+prior is D' = diag(u') exp(S_other / lambda1) diag(v'); u and v absorb its factors, and what is left in Eq. 10 is
+
+    K = exp((S_own + (lambda2 / lambda1) S_other) / (lambda1 + lambda2))
+
+So both targets are mixtures of both views, and where lambda2 > lambda1 the other view outweighs the own one: whichever
+is confident first, right or wrong, decides both. For a view without a prior lambda2 is 0 in its own Eq. 6, which is
+Eq. 5: K = exp(S_own / lambda1) holds nothing of the other view, so the other can't spoil its target. (True, False) lets
+flow lead: rgb's target is guided by flow, flow's is its own. (False, False) is the method Sep.
+
 Departures from the paper. Below Eq. 5 it prints K = exp(lambda1 C), a slip for exp(-C / lambda1). It gives no number of
 rounds and no temperature: 3 rounds, prototypes first and samples last, and tau = 0.1 are those of SwAV and of the
 released code. The sums of Eqs. 1 and 13 are means. The released code subtracts lambda2 log D', which pushes D away from
@@ -36,6 +46,7 @@ weight of the samples in the first column sums, and so the result of a few round
 import math
 import numbers
 import warnings
+from functools import partial
 
 import torch
 
@@ -96,18 +107,30 @@ def assign(scores, lambda1=0.02, *, log_prior=None, lambda2=0.03, iters=3, prior
 
 
 @torch.no_grad()
-def guided_assign(scores, lambda1=0.02, lambda2=0.03, iters=3, impl="auto", *, prior_sign=+1, check_finite=True):
+def guided_assign(scores, lambda1=0.02, lambda2=0.03, iters=3, impl="auto", *, prior_sign=+1, prior_views=(True, True),
+                  check_finite=True):
     """Each view's assignment with the other view's unguided one as its prior (Eqs. 6, 7) -> log D [2, A, M, N].
 
-    scores [2, A, M, N]: view (rgb, flow), assigning crop, sample, prototype. Other arguments and errors as in `assign`.
+    scores [2, A, M, N]      view (rgb, flow), assigning crop, sample, prototype
+    prior_views              whether rgb, and whether flow, takes the prior; a view that doesn't is assigned by itself
+                             (Eq. 5). (True, True) the paper; (True, False) flow leads; (False, False) Sep
+
+    Other arguments and errors as in `assign`.
     """
     _check_weights(lambda1, lambda2, iters, prior_sign)
+    _check_prior_views(prior_views)
     scores = _tensor("scores", scores, "[2, A, M, N]", check_finite, lambda1=lambda1)
     if _compiled(impl, scores.device):
-        return torch.ops.goca.guided_assign(scores, lambda1, lambda2, prior_sign, iters)
-    log_prior = assign(scores, lambda1, iters=iters, impl="reference", check_finite=False)  # D' of both views, Eq. 5
-    return assign(scores, lambda1, log_prior=log_prior.flip(0), lambda2=lambda2, iters=iters, prior_sign=prior_sign,
-                  impl="reference", check_finite=False)  # flip: rgb takes D' of flow, flow takes D' of rgb
+        return torch.ops.goca.guided_assign(scores, lambda1, lambda2, prior_sign, iters, prior_views)
+    unguided = partial(assign, lambda1=lambda1, iters=iters, impl="reference", check_finite=False)
+    guided = partial(unguided, lambda2=lambda2, prior_sign=prior_sign)
+    if prior_views[0] == prior_views[1]:
+        log_d = unguided(scores)  # Eq. 5, of both views
+        return guided(scores, log_prior=log_d.flip(0)) if prior_views[0] else log_d  # Eqs. 6, 7: of the other view
+    leader = 0 if prior_views[1] else 1
+    log_d = unguided(scores[leader])  # Eq. 5
+    led = guided(scores[1 - leader], log_prior=log_d)  # Eq. 6
+    return torch.stack([led, log_d] if leader else [log_d, led])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,7 +165,7 @@ def swapped_loss(scores, log_targets, temperature=0.1, impl="auto", *, check_fin
 
 
 def guided_loss(scores, *, n_assign=2, lambda1=0.02, lambda2=0.03, temperature=0.1, iters=3, impl="auto", prior_sign=+1,
-                batch_scores=None, first_row=0, check_finite=True):
+                prior_views=(True, True), batch_scores=None, first_row=0, check_finite=True):
     """`guided_assign` of the first `n_assign` crops, then `swapped_loss` of all crops (Eqs. 6-7, 12-13) -> scalar.
 
     scores [2, V, m, N]      view (rgb, flow), crop, sample, prototype; V >= 2, 1 <= n_assign <= V
@@ -152,9 +175,10 @@ def guided_loss(scores, *, n_assign=2, lambda1=0.02, lambda2=0.03, temperature=0
                              from one all-gather of unit features. The loss is then the mean over the own samples, and
                              its gradient that of the own scores. By default the m samples are the batch.
 
-    Other arguments and errors as in `assign` and `swapped_loss`.
+    Other arguments and errors as in `assign`, `guided_assign` and `swapped_loss`.
     """
     _check_weights(lambda1, lambda2, iters, prior_sign)
+    _check_prior_views(prior_views)
     _check_positive("temperature", temperature)
     scores = _tensor("scores", scores, "[2, V, m, N]", check_finite, lambda1=lambda1, temperature=temperature)
     _check_crops(scores)
@@ -176,8 +200,9 @@ def guided_loss(scores, *, n_assign=2, lambda1=0.02, lambda2=0.03, temperature=0
                              f"in batch_scores, got {first_row!r}")
     if _compiled(impl, scores.device):
         return torch.ops.goca.guided_loss(scores, batch_scores, first_row, lambda1, lambda2, prior_sign, iters,
-                                          temperature, _needs_gradient(scores))[0]
-    log_d = guided_assign(batch_scores, lambda1, lambda2, iters, "reference", prior_sign=prior_sign, check_finite=False)
+                                          prior_views, temperature, _needs_gradient(scores))[0]
+    log_d = guided_assign(batch_scores, lambda1, lambda2, iters, "reference", prior_sign=prior_sign,
+                          prior_views=prior_views, check_finite=False)
     return swapped_loss(scores, log_d[:, :, first_row:first_row + m], temperature, "reference", check_finite=False)
 
 
@@ -280,3 +305,10 @@ def _check_weights(lambda1, lambda2, iters, prior_sign):
         raise ValueError(f"iters must be an integer of at least 1, got {iters!r}")
     if prior_sign not in (+1, -1):
         raise ValueError(f"prior_sign must be +1 (towards the prior, the paper) or -1 (away), got {prior_sign!r}")
+
+
+def _check_prior_views(prior_views):
+    if not isinstance(prior_views, (tuple, list)) or len(prior_views) != 2 \
+            or not all(isinstance(x, bool) for x in prior_views):
+        raise ValueError(f"prior_views must be two booleans, whether rgb and whether flow takes a prior, "
+                         f"got {prior_views!r}")

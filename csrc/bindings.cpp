@@ -16,6 +16,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <array>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -26,6 +27,7 @@ namespace {
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+using PriorViews = std::array<bool, 2>;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Checks: one sentence each, before any kernel starts
@@ -140,10 +142,10 @@ struct OnDevice {  // the device's three entry points, on the current stream
 #endif
 
 template <typename T>
-AssignArgs<T> assign_args(const Tensor& scores, bool guided, double lambda1, double lambda2, int64_t prior_sign,
-                          int64_t iters) {
-  return {scores.size(0), scores.size(1), scores.size(2), scores.size(3), stack<T>(scores), {}, guided, lambda1,
-          lambda2, static_cast<int>(prior_sign), iters};
+AssignArgs<T> assign_args(const Tensor& scores, PriorViews prior_views, double lambda1, double lambda2,
+                          int64_t prior_sign, int64_t iters) {
+  return {scores.size(0), scores.size(1), scores.size(2), scores.size(3), stack<T>(scores), {},
+          {prior_views[0], prior_views[1]}, lambda1, lambda2, static_cast<int>(prior_sign), iters};
 }
 
 Tensor assign(const Tensor& scores, const std::optional<Tensor>& log_prior, double lambda1, double lambda2,
@@ -157,7 +159,7 @@ Tensor assign(const Tensor& scores, const std::optional<Tensor>& log_prior, doub
   Tensor log_d = at::empty(scores.sizes(), scores.options(), at::MemoryFormat::Contiguous);
   Tensor rest = at::empty({potentials_size(B, M, N, chunk_of(scores))}, scores.options());
   AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "goca::assign", [&] {
-    auto a = assign_args<scalar_t>(x, false, lambda1, lambda2, prior_sign, iters);
+    auto a = assign_args<scalar_t>(x, {false, false}, lambda1, lambda2, prior_sign, iters);
     if (log_prior) a.log_prior = stack<scalar_t>(prior);
     const auto s = lay_out(log_d.mutable_data_ptr<scalar_t>(), rest.mutable_data_ptr<scalar_t>(), B, M, N,
                            chunk_of(scores));
@@ -168,7 +170,8 @@ Tensor assign(const Tensor& scores, const std::optional<Tensor>& log_prior, doub
   return log_d;
 }
 
-Tensor guided_assign(const Tensor& scores, double lambda1, double lambda2, int64_t prior_sign, int64_t iters) {
+Tensor guided_assign(const Tensor& scores, double lambda1, double lambda2, int64_t prior_sign, int64_t iters,
+                     PriorViews prior_views) {
   check_guided_assign(scores, lambda1, lambda2, prior_sign, iters);
   GUARD_DEVICE(scores);
   const Tensor x = unit_rows(scores);
@@ -176,7 +179,7 @@ Tensor guided_assign(const Tensor& scores, double lambda1, double lambda2, int64
   Tensor log_d = at::empty(scores.sizes(), scores.options(), at::MemoryFormat::Contiguous);
   Tensor rest = at::empty({potentials_size(B, M, N, chunk_of(scores))}, scores.options());
   AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "goca::guided_assign", [&] {
-    const auto a = assign_args<scalar_t>(x, true, lambda1, lambda2, prior_sign, iters);
+    const auto a = assign_args<scalar_t>(x, prior_views, lambda1, lambda2, prior_sign, iters);
     const auto s = lay_out(log_d.mutable_data_ptr<scalar_t>(), rest.mutable_data_ptr<scalar_t>(), B, M, N,
                            chunk_of(scores));
     const OnDevice<scalar_t> device{scores};
@@ -218,14 +221,14 @@ std::tuple<Tensor, Tensor> swapped_loss(const Tensor& scores, const Tensor& log_
 
 std::tuple<Tensor, Tensor> guided_loss(const Tensor& scores, const Tensor& batch_scores, int64_t first_row,
                                        double lambda1, double lambda2, int64_t prior_sign, int64_t iters,
-                                       double temperature, bool with_gradient) {
+                                       PriorViews prior_views, double temperature, bool with_gradient) {
   check_guided_loss(scores, batch_scores, first_row, lambda1, lambda2, prior_sign, iters, temperature);
   GUARD_DEVICE(scores);
   const Tensor x = unit_rows(scores), all = unit_rows(batch_scores);
   const int64_t B = all.size(0) * all.size(1), M = all.size(2), N = all.size(3);
   Tensor work = at::empty({B * M * N + potentials_size(B, M, N, chunk_of(scores))}, scores.options());
   return AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "goca::guided_loss", [&] {
-    const auto assignment = assign_args<scalar_t>(all, true, lambda1, lambda2, prior_sign, iters);
+    const auto assignment = assign_args<scalar_t>(all, prior_views, lambda1, lambda2, prior_sign, iters);
     scalar_t* E = work.mutable_data_ptr<scalar_t>();
     const auto s = lay_out(E, E + B * M * N, B, M, N, chunk_of(scores));
     OnDevice<scalar_t>{scores}.solve(assignment, s);
@@ -246,7 +249,8 @@ Tensor assign_meta(const Tensor& scores, const std::optional<Tensor>& log_prior,
   return at::empty_symint(scores.sym_sizes(), scores.options());
 }
 
-Tensor guided_assign_meta(const Tensor& scores, double lambda1, double lambda2, int64_t prior_sign, c10::SymInt iters) {
+Tensor guided_assign_meta(const Tensor& scores, double lambda1, double lambda2, int64_t prior_sign, c10::SymInt iters,
+                          PriorViews) {
   check_guided_assign(scores, lambda1, lambda2, prior_sign, iters);
   return at::empty_symint(scores.sym_sizes(), scores.options());
 }
@@ -264,7 +268,7 @@ std::tuple<Tensor, Tensor> swapped_loss_meta(const Tensor& scores, const Tensor&
 
 std::tuple<Tensor, Tensor> guided_loss_meta(const Tensor& scores, const Tensor& batch_scores, c10::SymInt first_row,
                                             double lambda1, double lambda2, int64_t prior_sign, c10::SymInt iters,
-                                            double temperature, bool with_gradient) {
+                                            PriorViews, double temperature, bool with_gradient) {
   check_guided_loss(scores, batch_scores, first_row, lambda1, lambda2, prior_sign, iters, temperature);
   return loss_meta(scores, with_gradient);
 }
@@ -304,19 +308,19 @@ class GuidedLoss : public torch::autograd::Function<GuidedLoss> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& scores, const Tensor& batch_scores,
                                c10::SymInt first_row, double lambda1, double lambda2, int64_t prior_sign,
-                               c10::SymInt iters, double temperature, bool with_gradient) {
+                               c10::SymInt iters, PriorViews prior_views, double temperature, bool with_gradient) {
     at::AutoDispatchBelowADInplaceOrView below;
     static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("goca::guided_loss", "")
                          .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, c10::SymInt, double, double,
-                                                           int64_t, c10::SymInt, double, bool)>();
-    auto [loss, gradient] = op.call(scores, batch_scores, first_row, lambda1, lambda2, prior_sign, iters, temperature,
-                                    with_gradient);
+                                                           int64_t, c10::SymInt, PriorViews, double, bool)>();
+    auto [loss, gradient] = op.call(scores, batch_scores, first_row, lambda1, lambda2, prior_sign, iters, prior_views,
+                                    temperature, with_gradient);
     ctx->saved_data["with_gradient"] = with_gradient;
     ctx->save_for_backward({gradient});
     ctx->mark_non_differentiable({gradient});
     return {loss, gradient};
   }
-  static variable_list backward(AutogradContext* ctx, const variable_list& outer) { return scaled(ctx, outer, 9); }
+  static variable_list backward(AutogradContext* ctx, const variable_list& outer) { return scaled(ctx, outer, 10); }
 };
 
 std::tuple<Tensor, Tensor> swapped_loss_autograd(const Tensor& scores, const Tensor& log_targets, double temperature,
@@ -327,9 +331,9 @@ std::tuple<Tensor, Tensor> swapped_loss_autograd(const Tensor& scores, const Ten
 
 std::tuple<Tensor, Tensor> guided_loss_autograd(const Tensor& scores, const Tensor& batch_scores, c10::SymInt first_row,
                                                 double lambda1, double lambda2, int64_t prior_sign, c10::SymInt iters,
-                                                double temperature, bool with_gradient) {
-  const auto out = GuidedLoss::apply(scores, batch_scores, first_row, lambda1, lambda2, prior_sign, iters, temperature,
-                                     with_gradient);
+                                                PriorViews prior_views, double temperature, bool with_gradient) {
+  const auto out = GuidedLoss::apply(scores, batch_scores, first_row, lambda1, lambda2, prior_sign, iters, prior_views,
+                                     temperature, with_gradient);
   return {out[0], out[1]};
 }
 
@@ -344,11 +348,11 @@ Tensor assign_autograd(const Tensor& scores, const std::optional<Tensor>& log_pr
 }
 
 Tensor guided_assign_autograd(const Tensor& scores, double lambda1, double lambda2, int64_t prior_sign,
-                              c10::SymInt iters) {
+                              c10::SymInt iters, PriorViews prior_views) {
   at::AutoDispatchBelowADInplaceOrView below;
   static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("goca::guided_assign", "")
-                       .typed<Tensor(const Tensor&, double, double, int64_t, c10::SymInt)>();
-  return op.call(scores, lambda1, lambda2, prior_sign, iters);
+                       .typed<Tensor(const Tensor&, double, double, int64_t, c10::SymInt, PriorViews)>();
+  return op.call(scores, lambda1, lambda2, prior_sign, iters, prior_views);
 }
 
 }  // namespace
@@ -356,11 +360,13 @@ Tensor guided_assign_autograd(const Tensor& scores, double lambda1, double lambd
 TORCH_LIBRARY(goca, m) {
   m.def("assign(Tensor scores, Tensor? log_prior, float lambda1, float lambda2, int prior_sign, SymInt iters) "
         "-> Tensor");
-  m.def("guided_assign(Tensor scores, float lambda1, float lambda2, int prior_sign, SymInt iters) -> Tensor");
+  m.def("guided_assign(Tensor scores, float lambda1, float lambda2, int prior_sign, SymInt iters, bool[2] prior_views) "
+        "-> Tensor");
   m.def("swapped_loss(Tensor scores, Tensor log_targets, float temperature, bool with_gradient) "
         "-> (Tensor loss, Tensor gradient)");
   m.def("guided_loss(Tensor scores, Tensor batch_scores, SymInt first_row, float lambda1, float lambda2, "
-        "int prior_sign, SymInt iters, float temperature, bool with_gradient) -> (Tensor loss, Tensor gradient)");
+        "int prior_sign, SymInt iters, bool[2] prior_views, float temperature, bool with_gradient) "
+        "-> (Tensor loss, Tensor gradient)");
 }
 
 #define REGISTER(key)                         \

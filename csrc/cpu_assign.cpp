@@ -167,16 +167,17 @@ FOR_BOTH_TYPES(take_log, Chunk)
 // Assignment: the rounds
 // ---------------------------------------------------------------------------------------------------------------------
 template <typename T>
-struct Stage : Problems<T> {  // and the exponent's weights in this pass
-  Weights<T> w;
+struct Stage : Problems<T> {
+  Pass<T> pass;
 };
 
 template <typename T>
 Chunk<T> chunk_of(const Stage<T>& stage, int64_t item) {  // item = b * chunks + k
   const auto& [a, s] = static_cast<const Problems<T>&>(stage);
   const int64_t b = item / s.chunks, i = item % s.chunks * s.chunk, row = b * a.M + i;
-  return {stage.scores(b, i), stage.w.prior ? stage.prior(b, i) : nullptr, a.scores.row,
-          a.guided ? a.scores.row : a.log_prior.row, std::min(s.chunk, a.M - i), a.N, stage.w.p, stage.w.q,
+  const Pass<T>& pass = stage.pass;
+  return {stage.scores(b, i), pass.prior ? stage.prior(b, i) : nullptr, a.scores.row,
+          a.guided() ? a.scores.row : a.log_prior.row, std::min(s.chunk, a.M - i), a.N, pass.p, pass.q,
           s.E + row * a.N, s.f + row, s.g + row, s.u + row, s.v + b * a.N, s.c + b * a.N, s.late + b * a.N,
           s.partial + item * a.N};
 }
@@ -189,10 +190,10 @@ void for_each_chunk(const Stage<T>& stage, int64_t first, int64_t last, const F&
   });
 }
 
-// f_i takes in what the rounds since it was last complete have made of row i.
+// f_i with what the rounds since it was last complete have made of row i
 template <typename T>
-void complete(const Solved<T>& s, int64_t first, int64_t last) {
-  for (int64_t i = first; i < last; ++i) s.f[i] += std::log2(s.u[i]) - s.g[i];
+T row_potential(const Solved<T>& s, int64_t i) {
+  return s.f[i] + (std::log2(s.u[i]) - s.g[i]);
 }
 
 // The rounds of problems first .. last; s.f holds the row potentials to start from.
@@ -229,20 +230,33 @@ void rounds(const Stage<T>& stage, int64_t first, int64_t last) {
     }
     inverse_sums();  // prototypes
     for_each_chunk(stage, first, last, [](const Chunk<T>& c) { sweep(c); });  // samples
-    if (round % GROUP == GROUP - 1 && round < a.iters - 1) complete(s, first * a.M, last * a.M);
+    if (round % GROUP == GROUP - 1 && round < a.iters - 1) {
+      for (int64_t i = first * a.M; i < last * a.M; ++i) s.f[i] = row_potential(s, i);
+    }
   }
 }
 
 template <typename T>
-void run_stage(const Stage<T>& stage) {
-  const int64_t B = stage.count(), threads = at::get_num_threads();
+void run(const Stage<T>& stage) {
+  const int64_t first = stage.pass.first, last = stage.pass.last, B = last - first, threads = at::get_num_threads();
   if (B % threads == 0 || B >= 4 * threads) {  // whole problems a thread: no barriers, and the loops within stay serial
     const int64_t grain = std::max<int64_t>(1, WORK / (stage.a.M * stage.a.N));
-    at::parallel_for(0, B, grain, [&](int64_t begin, int64_t end) {
+    at::parallel_for(first, last, grain, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) rounds(stage, b, b + 1);
     });
   } else {
-    rounds(stage, 0, B);
+    rounds(stage, first, last);
+  }
+}
+
+// Eqs. 6, 7: a view with a prior starts from r times the other's row potential.
+template <typename T>
+void start_from_prior(const AssignArgs<T>& a, const Solved<T>& s, T r) {
+  const int64_t half = a.crops * a.M;
+  for (int64_t i = 0; i < half; ++i) {
+    const T of_rgb = a.prior_views[1] ? row_potential(s, i) : T(0);
+    if (a.prior_views[0]) s.f[i] = r * row_potential(s, half + i);
+    if (a.prior_views[1]) s.f[half + i] = r * of_rgb;
   }
 }
 
@@ -250,27 +264,25 @@ void run_stage(const Stage<T>& stage) {
 
 template <typename T>
 void solve(const AssignArgs<T>& a, const Solved<T>& s) {
-  const Stage<T> stage{{a, s}, final_weights(a)};
-  std::fill(s.f, s.f + stage.count() * a.M, T(0));
-  if (a.guided) {
-    run_stage<T>({{a, s}, unguided(a)});  // Eq. 5: D' of both views
-    complete(s, 0, stage.count() * a.M);
-    T *rgb = s.f, *flow = s.f + a.crops * a.M;
-    for (int64_t i = 0; i < a.crops * a.M; ++i) {  // Eqs. 6, 7: each view starts from the other's row potential
-      const T other = flow[i];
-      flow[i] = stage.w.r * rgb[i];
-      rgb[i] = stage.w.r * other;
-    }
+  const Stage<T> final{{a, s}, final_pass(a)};
+  std::fill(s.f, s.f + final.count() * a.M, T(0));
+  if (a.guided()) {
+    run<T>({{a, s}, prior_pass(a)});
+    start_from_prior(a, s, final.pass.r);
   }
-  run_stage(stage);
+  run(final);
 }
 
 template <typename T>
 void log_assignment(const AssignArgs<T>& a, const Solved<T>& s) {
-  const Stage<T> stage{{a, s}, final_weights(a)};
-  for (int64_t bi = 0; bi < stage.count() * a.M; ++bi) s.u[bi] = std::log2(s.u[bi]);
-  for (int64_t bj = 0; bj < stage.count() * a.N; ++bj) s.v[bj] = std::log2(s.v[bj]);
-  for_each_chunk(stage, 0, stage.count(), [](const Chunk<T>& c) { take_log(c); });
+  const int64_t B = a.views * a.crops;
+  for (int64_t bi = 0; bi < B * a.M; ++bi) s.u[bi] = std::log2(s.u[bi]);
+  for (int64_t bj = 0; bj < B * a.N; ++bj) s.v[bj] = std::log2(s.v[bj]);
+  const auto of_pass = [&](const Pass<T>& pass) {
+    for_each_chunk<T>({{a, s}, pass}, pass.first, pass.last, [](const Chunk<T>& c) { take_log(c); });
+  };
+  of_pass(final_pass(a));
+  if (a.one_leads()) of_pass(prior_pass(a));
 }
 
 #define INSTANTIATE(T)                                            \

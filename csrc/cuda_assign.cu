@@ -1,6 +1,6 @@
 // The assignment on NVIDIA GPUs (Eqs. 5-10). The algorithm and why it is safe: goca.h.
 //
-// The rounds are a sequence of small phases, each a function over all problems and chunks of CUDA_CHUNK = 8
+// The rounds are a sequence of small phases, each a function over its pass's problems and chunks of CUDA_CHUNK = 8
 // rows. In the column phases a thread owns columns and walks down the chunk's rows, so that loads are coalesced; in
 // `sweep` a warp first owns a row and sums it for u_i, and then threads own columns again for the next round's sums,
 // the chunk still in the first-level cache. Partial column sums are joined in a fixed order, in double, without
@@ -34,16 +34,16 @@ struct Row {  // row i of problem b
 };
 
 template <typename T>
-__device__ Row<T> row_of(const Problems<T>& g, const Weights<T>& w, int64_t b, int64_t i) {
+__device__ Row<T> row_of(const Problems<T>& g, const Pass<T>& pass, int64_t b, int64_t i) {
   const int64_t row = b * g.a.M + i;
-  return {g.scores(b, i), w.prior ? g.prior(b, i) : nullptr, g.s.E + row * g.a.N, g.s.f + row, g.s.g + row,
+  return {g.scores(b, i), pass.prior ? g.prior(b, i) : nullptr, g.s.E + row * g.a.N, g.s.f + row, g.s.g + row,
           g.s.u + row};
 }
 
 // x_ij + shift
 template <typename T>
-__device__ T exponent(const Weights<T>& w, const Row<T>& row, int64_t j, T shift) {
-  return row.X ? w.p * row.S[j] + (w.q * row.X[j] + shift) : w.p * row.S[j] + shift;
+__device__ T exponent(const Pass<T>& pass, const Row<T>& row, int64_t j, T shift) {
+  return row.X ? pass.p * row.S[j] + (pass.q * row.X[j] + shift) : pass.p * row.S[j] + shift;
 }
 
 template <typename T>
@@ -58,21 +58,27 @@ __device__ Column<T> column_of(const Problems<T>& g, int64_t b, int64_t j) {
 
 // x_ij - c_j: the exponent of E before a row is rebuilt
 template <typename T>
-__device__ T below(const Weights<T>& w, const Row<T>& row, int64_t j, T f, const Column<T>& c) {
-  return exponent(w, row, j, f - c.early) - c.late;
+__device__ T below(const Pass<T>& pass, const Row<T>& row, int64_t j, T f, const Column<T>& c) {
+  return exponent(pass, row, j, f - c.early) - c.late;
+}
+
+// f_i with what the rounds since it was last complete have made of row i
+template <typename T>
+__device__ T row_potential(T f, T u, T g) {
+  return f + (log2(u) - g);
 }
 
 // partial_j = max_i x_ij over the chunk
 template <typename T>
-__device__ void column_max(const Problems<T>& g, const Weights<T>& w) {
-  for (int64_t item = blockIdx.x; item < g.count() * g.s.chunks; item += gridDim.x) {
+__device__ void column_max(const Problems<T>& g, const Pass<T>& pass) {
+  for (int64_t item = pass.first * g.s.chunks + blockIdx.x; item < pass.last * g.s.chunks; item += gridDim.x) {
     const int64_t b = item / g.s.chunks, first = item % g.s.chunks * CUDA_CHUNK;
     const int rows = g.a.M - first < CUDA_CHUNK ? g.a.M - first : CUDA_CHUNK;
     for (int64_t j = threadIdx.x; j < g.a.N; j += THREADS) {
       T top = -INFINITY;
       for (int k = 0; k < rows; ++k) {
-        const Row<T> row = row_of(g, w, b, first + k);
-        top = larger(exponent(w, row, j, *row.f), top);
+        const Row<T> row = row_of(g, pass, b, first + k);
+        top = larger(exponent(pass, row, j, *row.f), top);
       }
       g.s.partial[item * g.a.N + j] = top;
     }
@@ -81,41 +87,41 @@ __device__ void column_max(const Problems<T>& g, const Weights<T>& w) {
 
 // E_ij = exp2(x_ij - c_j), partial_j = sum_i E_ij over the chunk, g_i = 0
 template <typename T>
-__device__ void exponentiate(const Problems<T>& g, const Weights<T>& w) {
-  for (int64_t item = blockIdx.x; item < g.count() * g.s.chunks; item += gridDim.x) {
+__device__ void exponentiate(const Problems<T>& g, const Pass<T>& pass) {
+  for (int64_t item = pass.first * g.s.chunks + blockIdx.x; item < pass.last * g.s.chunks; item += gridDim.x) {
     const int64_t b = item / g.s.chunks, first = item % g.s.chunks * CUDA_CHUNK;
     const int rows = g.a.M - first < CUDA_CHUNK ? g.a.M - first : CUDA_CHUNK;
     for (int64_t j = threadIdx.x; j < g.a.N; j += THREADS) {
       const Column<T> c = column_of(g, b, j);
       T sum = 0;
       for (int k = 0; k < rows; ++k) {
-        const Row<T> row = row_of(g, w, b, first + k);
-        const T e = power(below(w, row, j, *row.f, c));
+        const Row<T> row = row_of(g, pass, b, first + k);
+        const T e = power(below(pass, row, j, *row.f, c));
         row.E[j] = e;
         sum += e;
       }
       g.s.partial[item * g.a.N + j] = sum;
     }
-    if (threadIdx.x < rows) *row_of(g, w, b, first + threadIdx.x).g = 0;
+    if (threadIdx.x < rows) *row_of(g, pass, b, first + threadIdx.x).g = 0;
   }
 }
 
 // Over all chunks: c_j = max partial_j, or v_j = 1 / sum partial_j. Warps take chunks in turn, lanes columns.
 template <bool MAX, typename T>
-__device__ void combine(const Problems<T>& g) {
+__device__ void combine(const Problems<T>& g, const Pass<T>& pass) {
   double* parts = shared_memory<double>();  // [WARPS, WARP]
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  const int64_t columns = g.count() * g.a.N, N = g.a.N;
-  for (int64_t group = blockIdx.x; group * WARP < columns; group += gridDim.x) {
-    const int64_t bj = group * WARP + lane;
+  const int64_t N = g.a.N, first = pass.first * N, last = pass.last * N;
+  for (int64_t group = blockIdx.x; first + group * WARP < last; group += gridDim.x) {
+    const int64_t bj = first + group * WARP + lane;
     double x = MAX ? -INFINITY : 0;
-    if (bj < columns) {
+    if (bj < last) {
       const T* column = g.s.partial + bj / N * g.s.chunks * N + bj % N;
       for (int64_t k = warp; k < g.s.chunks; k += WARPS) x = MAX ? larger(double(column[k * N]), x) : x + column[k * N];
     }
     parts[threadIdx.x] = x;
     __syncthreads();
-    if (warp == 0 && bj < columns) {
+    if (warp == 0 && bj < last) {
       for (int k = 1; k < WARPS; ++k) x = MAX ? larger(parts[k * WARP + lane], x) : x + parts[k * WARP + lane];
       if (MAX) {
         const bool early = fabs(x) < LARGEST_EARLY<T>;
@@ -130,29 +136,29 @@ __device__ void combine(const Problems<T>& g) {
 }
 
 // u_i = 1 / sum_j E_ij v_j, a row that vanishes being rebuilt first; partial_j = sum_i u_i E_ij over the chunk.
-// Before another group or pass f_i takes log2 u_i - g_i.
+// Before another group f_i takes log2 u_i - g_i.
 template <typename T>
-__device__ void sweep(const Problems<T>& g, const Weights<T>& w, bool complete) {
+__device__ void sweep(const Problems<T>& g, const Pass<T>& pass, bool complete) {
   T* u = shared_memory<T>();  // [CUDA_CHUNK]
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const int64_t N = g.a.N;
-  for (int64_t item = blockIdx.x; item < g.count() * g.s.chunks; item += gridDim.x) {
+  for (int64_t item = pass.first * g.s.chunks + blockIdx.x; item < pass.last * g.s.chunks; item += gridDim.x) {
     const int64_t b = item / g.s.chunks, first = item % g.s.chunks * CUDA_CHUNK;
     const int rows = g.a.M - first < CUDA_CHUNK ? g.a.M - first : CUDA_CHUNK;
     const T* v = g.s.v + b * N;
     if (warp < rows) {
-      const Row<T> row = row_of(g, w, b, first + warp);
+      const Row<T> row = row_of(g, pass, b, first + warp);
       const T f = *row.f;
       T sum = 0;
       for (int64_t j = lane; j < N; j += WARP) sum += row.E[j] * v[j];
       sum = warp_sum(sum);
       if (sum < T(REBUILD)) {
         T top = -INFINITY;
-        for (int64_t j = lane; j < N; j += WARP) top = larger(below(w, row, j, f, column_of(g, b, j)), top);
+        for (int64_t j = lane; j < N; j += WARP) top = larger(below(pass, row, j, f, column_of(g, b, j)), top);
         top = warp_max(top);
         sum = 0;
         for (int64_t j = lane; j < N; j += WARP) {
-          const T e = power(below(w, row, j, f, column_of(g, b, j)) - top);
+          const T e = power(below(pass, row, j, f, column_of(g, b, j)) - top);
           row.E[j] = e;
           sum += e * v[j];
         }
@@ -161,7 +167,7 @@ __device__ void sweep(const Problems<T>& g, const Weights<T>& w, bool complete) 
       }
       if (lane == 0) {
         *row.u = u[warp] = 1 / sum;
-        if (complete) *row.f = f + (log2(1 / sum) - *row.g);
+        if (complete) *row.f = row_potential(f, *row.u, *row.g);
       }
     }
     __syncthreads();
@@ -174,30 +180,30 @@ __device__ void sweep(const Problems<T>& g, const Weights<T>& w, bool complete) 
   }
 }
 
-// Eqs. 6, 7: each view starts from r times the other's row potential. w: of the pass to come.
+// Eqs. 6, 7: a view with a prior starts from r times the other's row potential. pass: the one to come.
 template <typename T>
-__device__ void exchange(const Problems<T>& g, const Weights<T>& w) {
+__device__ void start_from_prior(const Problems<T>& g, const Pass<T>& pass) {
   const int64_t half = g.a.crops * g.a.M;
-  T *rgb = g.s.f, *flow = rgb + half;
+  const Solved<T>& s = g.s;
   for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < half; i += int64_t(gridDim.x) * THREADS) {
-    const T other = flow[i];
-    flow[i] = w.r * rgb[i];
-    rgb[i] = w.r * other;
+    const T of_rgb = g.a.prior_views[1] ? row_potential(s.f[i], s.u[i], s.g[i]) : T(0);
+    if (g.a.prior_views[0]) s.f[i] = pass.r * row_potential(s.f[half + i], s.u[half + i], s.g[half + i]);
+    if (g.a.prior_views[1]) s.f[half + i] = pass.r * of_rgb;
   }
 }
 
 // E_ij = log D_ij = ln 2 (x_ij - c_j - g_i + log2 u_i + log2 v_j)
 template <typename T>
-__device__ void take_log(const Problems<T>& g, const Weights<T>& w) {
-  for (int64_t item = blockIdx.x; item < g.count() * g.s.chunks; item += gridDim.x) {
+__device__ void take_log(const Problems<T>& g, const Pass<T>& pass) {
+  for (int64_t item = pass.first * g.s.chunks + blockIdx.x; item < pass.last * g.s.chunks; item += gridDim.x) {
     const int64_t b = item / g.s.chunks, first = item % g.s.chunks * CUDA_CHUNK;
     const int rows = g.a.M - first < CUDA_CHUNK ? g.a.M - first : CUDA_CHUNK;
     for (int64_t j = threadIdx.x; j < g.a.N; j += THREADS) {
       const Column<T> c = column_of(g, b, j);
       const T v = log2(g.s.v[b * g.a.N + j]);
       for (int k = 0; k < rows; ++k) {
-        const Row<T> row = row_of(g, w, b, first + k);
-        row.E[j] = T(LN2) * ((below(w, row, j, *row.f, c) - *row.g) + (log2(*row.u) + v));
+        const Row<T> row = row_of(g, pass, b, first + k);
+        row.E[j] = T(LN2) * ((below(pass, row, j, *row.f, c) - *row.g) + (log2(*row.u) + v));
       }
     }
   }
@@ -206,39 +212,45 @@ __device__ void take_log(const Problems<T>& g, const Weights<T>& w) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Assignment: the sequence, as one launch or as many
 // ---------------------------------------------------------------------------------------------------------------------
-enum class Phase { column_max, combine_max, exponentiate, combine_sum, sweep, sweep_and_complete, exchange, take_log };
+enum class Phase {
+  column_max, combine_max, exponentiate, combine_sum, sweep, sweep_and_complete, start_from_prior, take_log
+};
 
 template <typename T>
-__device__ void do_phase(Phase phase, const Problems<T>& g, const Weights<T>& w) {
+__device__ void do_phase(Phase phase, const Problems<T>& g, const Pass<T>& pass) {
   switch (phase) {
-    case Phase::column_max: return column_max(g, w);
-    case Phase::combine_max: return combine<true>(g);
-    case Phase::exponentiate: return exponentiate(g, w);
-    case Phase::combine_sum: return combine<false>(g);
-    case Phase::sweep: return sweep(g, w, false);
-    case Phase::sweep_and_complete: return sweep(g, w, true);
-    case Phase::exchange: return exchange(g, w);
-    case Phase::take_log: return take_log(g, w);
+    case Phase::column_max: return column_max(g, pass);
+    case Phase::combine_max: return combine<true>(g, pass);
+    case Phase::exponentiate: return exponentiate(g, pass);
+    case Phase::combine_sum: return combine<false>(g, pass);
+    case Phase::sweep: return sweep(g, pass, false);
+    case Phase::sweep_and_complete: return sweep(g, pass, true);
+    case Phase::start_from_prior: return start_from_prior(g, pass);
+    case Phase::take_log: return take_log(g, pass);
   }
 }
 
-// Calls run(phase, weights) for a whole assignment; s.f must be zero. (The pragma: run belongs to the host or the
-// device.)
+template <typename T>
+struct Passes {
+  Pass<T> of[2];  // the prior's, where there is one, and the final one
+};
+
+// Calls run(phase, pass) for a whole assignment; s.f must be zero. (The pragma: run belongs to the host or the device.)
 #pragma nv_exec_check_disable
 template <typename T, typename Run>
-BOTH void each_phase(const AssignArgs<T>& a, const Run& run) {
-  for (int pass = a.guided ? 0 : 1; pass < 2; ++pass) {
-    const Weights<T> w = pass == 0 ? unguided(a) : final_weights(a);
-    if (a.guided && pass == 1) run(Phase::exchange, w);
+BOTH void each_phase(const AssignArgs<T>& a, const Passes<T>& passes, const Run& run) {
+  for (int k = a.guided() ? 0 : 1; k < 2; ++k) {
+    const Pass<T>& pass = passes.of[k];
+    if (a.guided() && k == 1) run(Phase::start_from_prior, pass);
     for (int64_t round = 0; round < a.iters; ++round) {
       if (round % GROUP == 0) {
-        run(Phase::column_max, w);
-        run(Phase::combine_max, w);
-        run(Phase::exponentiate, w);
+        run(Phase::column_max, pass);
+        run(Phase::combine_max, pass);
+        run(Phase::exponentiate, pass);
       }
-      run(Phase::combine_sum, w);  // prototypes
-      const bool complete = round < a.iters - 1 ? round % GROUP == GROUP - 1 : pass == 0;
-      run(complete ? Phase::sweep_and_complete : Phase::sweep, w);  // samples
+      run(Phase::combine_sum, pass);  // prototypes
+      const bool complete = round % GROUP == GROUP - 1 && round < a.iters - 1;
+      run(complete ? Phase::sweep_and_complete : Phase::sweep, pass);  // samples
     }
   }
 }
@@ -246,20 +258,22 @@ BOTH void each_phase(const AssignArgs<T>& a, const Run& run) {
 template <typename T>
 struct PhaseThenBarrier {
   const Problems<T>& g;
-  __device__ void operator()(Phase phase, const Weights<T>& w) const {
-    do_phase(phase, g, w);
+  __device__ void operator()(Phase phase, const Pass<T>& pass) const {
+    do_phase(phase, g, pass);
     cooperative_groups::this_grid().sync();
   }
 };
 
 template <typename T>  // 2 blocks a processor: 128 registers a thread, which is enough to spill none
-__global__ void __launch_bounds__(THREADS, 2) one_launch(const __grid_constant__ Problems<T> g) {
-  each_phase(g.a, PhaseThenBarrier<T>{g});
+__global__ void __launch_bounds__(THREADS, 2) one_launch(const __grid_constant__ Problems<T> g,
+                                                         const __grid_constant__ Passes<T> passes) {
+  each_phase(g.a, passes, PhaseThenBarrier<T>{g});
 }
 
 template <typename T>
-__global__ void __launch_bounds__(THREADS) one_phase(Phase phase, const __grid_constant__ Problems<T> g, Weights<T> w) {
-  do_phase(phase, g, w);
+__global__ void __launch_bounds__(THREADS) one_phase(Phase phase, const __grid_constant__ Problems<T> g,
+                                                      const __grid_constant__ Pass<T> pass) {
+  do_phase(phase, g, pass);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -289,8 +303,9 @@ const Card& card() {
 }
 
 template <typename T>
-int64_t items(const AssignArgs<T>& a, const Solved<T>& s) {
-  return std::max(a.views * a.crops * s.chunks, (a.views * a.crops * a.N + WARP - 1) / WARP);
+int64_t items(const Pass<T>& pass, const Problems<T>& g) {  // the most that a phase has, a block each
+  const int64_t problems = pass.last - pass.first;
+  return std::max(problems * g.s.chunks, (problems * g.a.N + WARP - 1) / WARP);
 }
 
 }  // namespace
@@ -301,12 +316,13 @@ void solve(const AssignArgs<T>& a, const Solved<T>& s, cudaStream_t stream) {
   check(cudaMemsetAsync(s.f, 0, B * a.M * sizeof(T), stream), "clearing f");
   const Card& here = card<T>();
   const Problems<T> g{a, s};
+  const Passes<T> passes{prior_pass(a), final_pass(a)};
   if (here.blocks > 0 && bytes <= here.l2_bytes) {
-    const int64_t blocks = std::min<int64_t>(items(a, s), here.blocks);
-    launch("one_launch", one_launch<T>, true, blocks, THREADS, PHASE_SHARED, stream, g);
+    const int64_t blocks = std::min(std::max(items(passes.of[0], g), items(passes.of[1], g)), here.blocks.load());
+    launch("one_launch", one_launch<T>, true, blocks, THREADS, PHASE_SHARED, stream, g, passes);
   } else {
-    each_phase(a, [&](Phase phase, const Weights<T>& w) {
-      launch("one_phase", one_phase<T>, false, items(a, s), THREADS, PHASE_SHARED, stream, phase, g, w);
+    each_phase(a, passes, [&](Phase phase, const Pass<T>& pass) {
+      launch("one_phase", one_phase<T>, false, items(pass, g), THREADS, PHASE_SHARED, stream, phase, g, pass);
     });
   }
 }
@@ -314,8 +330,11 @@ void solve(const AssignArgs<T>& a, const Solved<T>& s, cudaStream_t stream) {
 template <typename T>
 void log_assignment(const AssignArgs<T>& a, const Solved<T>& s, cudaStream_t stream) {
   const Problems<T> g{a, s};
-  launch("take_log", one_phase<T>, false, items(a, s), THREADS, PHASE_SHARED, stream, Phase::take_log, g,
-         final_weights(a));
+  const auto of_pass = [&](const Pass<T>& pass) {
+    launch("take_log", one_phase<T>, false, items(pass, g), THREADS, PHASE_SHARED, stream, Phase::take_log, g, pass);
+  };
+  of_pass(final_pass(a));
+  if (a.one_leads()) of_pass(prior_pass(a));
 }
 
 #define INSTANTIATE(T)                                                          \

@@ -58,13 +58,16 @@ struct Stack {
 
 template <typename T>
 struct AssignArgs {
-  int64_t views, crops, M, N;  // problem b = view * crops + crop; guided: views == 2
+  int64_t views, crops, M, N;  // problem b = view * crops + crop
   Stack<T> scores;
-  Stack<T> log_prior;  // data == nullptr: none
-  bool guided;         // the other view's assignment is the prior
+  Stack<T> log_prior;   // data == nullptr: none
+  bool prior_views[2];  // whether rgb, and whether flow, takes the other's unguided assignment as its prior
   double lambda1, lambda2;
   int prior_sign;
   int64_t iters;
+
+  BOTH bool guided() const { return prior_views[0] || prior_views[1]; }  // views == 2 then
+  BOTH bool one_leads() const { return prior_views[0] != prior_views[1]; }
 };
 
 // Where an assignment lies after the last round: D_ij = u_i E_ij v_j.
@@ -104,30 +107,36 @@ struct Problems {
     return a.scores.data + b / a.crops * a.scores.view + b % a.crops * a.scores.crop + i * a.scores.row;
   }
   BOTH const T* prior(int64_t b, int64_t i) const {  // T_i of problem b; meaningful where there is a prior
-    const Stack<T>& x = a.guided ? a.scores : a.log_prior;
-    const int64_t view = a.guided ? 1 - b / a.crops : b / a.crops;
+    const Stack<T>& x = a.guided() ? a.scores : a.log_prior;
+    const int64_t view = a.guided() ? 1 - b / a.crops : b / a.crops;
     return x.data + view * x.view + b % a.crops * x.crop + i * x.row;
   }
 };
 
-// The exponent's weights in one pass of the rounds (Eq. 5, or Eq. 10 with a prior), in base 2:
+// One pass of the rounds over problems first .. last, with the exponent's weights (Eq. 5, or Eq. 10 with a prior) in
+// base 2:
 //   x_ij = p S_ij + q T_ij + f_i,   f_i starting at r f'_i, f' the prior's row potential
 template <typename T>
-struct Weights {
+struct Pass {
+  int64_t first, last;
   bool prior;
   T p, q, r;
 };
 
+// Eq. 5 for each view that is the other's prior. Where one leads that is the leader alone, and its final assignment too.
 template <typename T>
-BOTH Weights<T> unguided(const AssignArgs<T>& a) {
-  return {false, T(LOG2E / a.lambda1), 0, 0};
+BOTH Pass<T> prior_pass(const AssignArgs<T>& a) {
+  return {a.prior_views[1] ? 0 : a.crops, a.prior_views[0] ? 2 * a.crops : a.crops, false, T(LOG2E / a.lambda1), 0, 0};
 }
 
+// Eqs. 6, 7 for each view with a prior; where no view guides another, every view.
 template <typename T>
-BOTH Weights<T> final_weights(const AssignArgs<T>& a) {
-  if (!a.guided && !a.log_prior.data) return unguided(a);
+BOTH Pass<T> final_pass(const AssignArgs<T>& a) {
+  if (!a.guided() && !a.log_prior.data) return {0, a.views * a.crops, false, T(LOG2E / a.lambda1), 0, 0};
   const double w = 1 / (a.lambda1 + a.lambda2), q = w * a.prior_sign * a.lambda2;
-  return {true, T(w * LOG2E), T(a.guided ? q * LOG2E / a.lambda1 : q * LOG2E), T(q)};
+  if (!a.guided()) return {0, a.views * a.crops, true, T(w * LOG2E), T(q * LOG2E), T(q)};
+  return {a.prior_views[0] ? 0 : a.crops, a.prior_views[1] ? 2 * a.crops : a.crops, true, T(w * LOG2E),
+          T(q * LOG2E / a.lambda1), T(q)};
 }
 
 template <typename T>

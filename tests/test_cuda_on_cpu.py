@@ -14,6 +14,7 @@ from conftest import cuda_on_cpu
 
 import goca
 
+NO_PRIOR = (False, False)
 TYPES = {torch.float32: ("f32", 1e-5), torch.float64: ("f64", 1e-12)}
 ONE_LAUNCH, MANY_LAUNCHES = 1 << 30, 0  # bytes of L2 cache, which decide
 
@@ -22,7 +23,8 @@ class Call(ctypes.Structure):  # as in cuda_on_cpu/run.cpp
     _fields_ = ([(name, ctypes.c_void_p) for name in (
                     "scores", "log_prior", "log_targets", "batch_scores", "log_d", "loss", "gradient")]
                 + [(name, ctypes.c_int64) for name in (
-                    "views", "crops", "assigning", "m", "N", "M", "first_row", "guided", "prior_sign", "iters")]
+                    "views", "crops", "assigning", "m", "N", "M", "first_row", "rgb_prior", "flow_prior", "prior_sign",
+                    "iters")]
                 + [(name, ctypes.c_double) for name in ("lambda1", "lambda2", "temperature")])
 
 
@@ -36,9 +38,9 @@ class Card:
     def set_order(self, order):  # of threads: 0 forward, 1 backward, else shuffled
         self.library.set_card(ctypes.c_int64(self.l2_bytes), ctypes.c_int64(3), ctypes.c_int64(order))
 
-    def run(self, scores, **kwargs):
-        values = dict(scores=scores, views=2, N=scores.shape[-1], guided=1, prior_sign=1, iters=3, lambda1=0.02,
-                      lambda2=0.03, temperature=0.1) | kwargs
+    def run(self, scores, prior_views=(True, True), **kwargs):
+        values = dict(scores=scores, views=2, N=scores.shape[-1], rgb_prior=prior_views[0], flow_prior=prior_views[1],
+                      prior_sign=1, iters=3, lambda1=0.02, lambda2=0.03, temperature=0.1) | kwargs
         tensors = {k: v.contiguous() for k, v in values.items() if isinstance(v, torch.Tensor)}
         call = Call(**values | {k: v.data_ptr() for k, v in tensors.items()})
         getattr(self.library, f"run_{TYPES[scores.dtype][0]}")(ctypes.byref(call))
@@ -76,24 +78,23 @@ def unit_scores(*shape, n, dtype=torch.float64, seed=0):
 def test_assignments(card, size, dtype):
     s = unit_scores(2, 2, size[0], n=size[1], dtype=dtype)
     tolerance = dict(rtol=0, atol=TYPES[dtype][1])
-    torch.testing.assert_close(card.assign(s).exp().double(), goca.guided_assign(s.double(), impl="reference").exp(),
-                               **tolerance)
-    torch.testing.assert_close(card.assign(s, guided=0).exp().double(), goca.assign(s.double(), impl="reference").exp(),
-                               **tolerance)
+    for views in itertools.product((True, False), repeat=2):
+        expected = goca.guided_assign(s.double(), impl="reference", prior_views=views).exp()
+        torch.testing.assert_close(card.assign(s, prior_views=views).exp().double(), expected, **tolerance)
     prior = torch.log_softmax(unit_scores(2, 2, size[0], n=size[1], dtype=dtype, seed=1) / 0.02, -1)
     expected = goca.assign(s.double(), log_prior=prior.double(), prior_sign=-1, impl="reference").exp()
-    torch.testing.assert_close(card.assign(s, log_prior=prior, guided=0, prior_sign=-1).exp().double(), expected,
-                               **tolerance)
+    torch.testing.assert_close(card.assign(s, log_prior=prior, prior_views=NO_PRIOR, prior_sign=-1).exp().double(),
+                               expected, **tolerance)
 
 
 @pytest.mark.parametrize("iters", [1, 2, 5])
 def test_rounds_and_rows_that_are_rebuilt(card, iters):
     s = unit_scores(2, 1, 20, n=30)
     s[..., 3, :] = s[..., 3, :] * 0.02 - 0.95
-    for lambda1 in (0.02, 0.001):
-        expected = goca.guided_assign(s, lambda1, 0.8 * lambda1, iters, impl="reference").exp()
-        torch.testing.assert_close(card.assign(s, lambda1=lambda1, lambda2=0.8 * lambda1, iters=iters).exp(), expected,
-                                   rtol=0, atol=1e-10)
+    for lambda1, views in itertools.product((0.02, 0.001), ((True, True), (True, False), (False, True))):
+        given = dict(lambda1=lambda1, lambda2=0.8 * lambda1, iters=iters, prior_views=views)
+        expected = goca.guided_assign(s, impl="reference", **given).exp()
+        torch.testing.assert_close(card.assign(s, **given).exp(), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("scale", [1e2, 1e6, 1e9, 1e33])
@@ -101,9 +102,9 @@ def test_scores_of_any_size(card, scale):
     g = torch.Generator().manual_seed(0)
     s = torch.randn(2, 1, 21, 40, generator=g) * scale  # nearly all rows are rebuilt
     expected = goca.assign(s.double(), impl="reference").exp()
-    torch.testing.assert_close(card.assign(s, guided=0).double().exp(), expected, rtol=0, atol=1e-5)
-    for guided, iters in itertools.product((0, 1), (3, 4)):
-        assert (card.assign(s, guided=guided, iters=iters).double().exp().sum(-1) - 1).abs().max() < 1e-5
+    torch.testing.assert_close(card.assign(s, prior_views=NO_PRIOR).double().exp(), expected, rtol=0, atol=1e-5)
+    for views, iters in itertools.product((NO_PRIOR, (True, True)), (3, 4)):
+        assert (card.assign(s, prior_views=views, iters=iters).double().exp().sum(-1) - 1).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(("crops", "assigning", "m", "n"), [
@@ -116,8 +117,9 @@ def test_losses_and_gradients(card, crops, assigning, m, n):
     sizes = dict(crops=crops, assigning=assigning, m=m, loss=loss)
     cases = [(dict(log_targets=targets), goca.swapped_loss(scores, targets, impl="reference"))]
     if assigning < 24:  # solving 48 problems fibre by fibre would take a minute
-        cases.append((dict(batch_scores=whole, M=m + 2, first_row=1), goca.guided_loss(
-            scores, n_assign=assigning, batch_scores=whole, first_row=1, impl="reference")))
+        for views in ((True, True), (True, False)):
+            cases.append((dict(batch_scores=whole, M=m + 2, first_row=1, prior_views=views), goca.guided_loss(
+                scores, n_assign=assigning, batch_scores=whole, first_row=1, prior_views=views, impl="reference")))
     for inputs, expected in cases:
         card.run(scores.detach(), gradient=gradient.detach_().fill_(torch.nan), **inputs, **sizes)
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-12)
@@ -129,8 +131,9 @@ def test_losses_and_gradients(card, crops, assigning, m, n):
 
 def test_the_order_of_threads_changes_no_bit(card):
     s = unit_scores(2, 2, 19, n=45, dtype=torch.float32)
-    results = []
-    for order in (0, 1, 2, 3):  # forward, backward, two shuffles
-        card.set_order(order)
-        results.append(card.assign(s))
-    assert all(torch.equal(x, results[0]) for x in results[1:])
+    for views in ((True, True), (False, True)):
+        results = []
+        for order in (0, 1, 2, 3):  # forward, backward, two shuffles
+            card.set_order(order)
+            results.append(card.assign(s, prior_views=views))
+        assert all(torch.equal(x, results[0]) for x in results[1:])

@@ -202,6 +202,35 @@ def test_raising_lambda2_moves_towards_the_prior(impl):
     assert kl(0.02, -1) > towards[0]
 
 
+@pytest.mark.parametrize("prior_views", [(True, True), (True, False), (False, True), (False, False)])
+def test_each_view_with_and_without_a_prior(impl, prior_views):
+    s = unit_scores(2, 2, 17)
+    unguided = goca.assign(s, 0.05, impl="reference")
+    guided = goca.assign(s, 0.05, log_prior=unguided.flip(0), lambda2=0.04, impl="reference")
+    expected = torch.stack([guided[g] if prior_views[g] else unguided[g] for g in (0, 1)])
+    assert (guided - unguided).abs().amax() > 1, "degenerate: the prior would change nothing"
+    torch.testing.assert_close(goca.guided_assign(s, 0.05, 0.04, impl=impl, prior_views=prior_views), expected)
+    scores = torch.cat([s, unit_scores(2, 3, 17, seed=1)], 1).requires_grad_()
+    fused = goca.guided_loss(scores, lambda1=0.05, lambda2=0.04, impl=impl, prior_views=list(prior_views))
+    apart = goca.swapped_loss(scores, expected, impl="reference")
+    torch.testing.assert_close(fused, apart)
+    torch.testing.assert_close(*(torch.autograd.grad(x, scores)[0] for x in (fused, apart)))
+
+
+def test_the_leaders_assignment_holds_nothing_of_the_other_view(impl):
+    s = unit_scores(2, 2, 17)
+    other = torch.stack([unit_scores(2, 17, seed=1), s[1]])  # another rgb, as confident as the first
+    for prior_views, moves in (((True, False), False), ((True, True), True)):
+        a, b = (goca.guided_assign(x, impl=impl, prior_views=prior_views)[1] for x in (s, other))
+        assert bool((a - b).abs().amax() > 1) == moves and (moves or torch.equal(a, b))
+
+
+def test_lambda2_of_zero_is_no_prior(impl):
+    s = unit_scores(2, 2, 17)
+    torch.testing.assert_close(goca.guided_assign(s, 0.05, 0.0, impl=impl),
+                               goca.guided_assign(s, 0.05, 0.03, impl=impl, prior_views=(False, False)))
+
+
 def test_permutation_equivariance(impl):
     s = unit_scores(2, 2, 11)
     g = torch.Generator().manual_seed(3)
@@ -316,6 +345,8 @@ BAD = {  # name of the argument that the message must begin with -> calls
     "lambda2": [partial(f, S, lambda2=x) for f in ALL for x in (-0.01, math.nan, math.inf, None)],
     "iters": [partial(f, S, iters=x) for f in ALL for x in (0, -1, 2.5, True, np.float32(3), np.int64(0), np.True_)],
     "prior_sign": [partial(f, S, prior_sign=x) for f in ALL for x in (0, 2, None)],
+    "prior_views": [partial(f, S, prior_views=x) for f in ALL[1:]
+                    for x in (None, True, "rgb", ("rgb", "flow"), (True,), (True, True, True), (1, 0), torch.ones(2))],
     "temperature": [partial(f, temperature=x) for f in (partial(goca.swapped_loss, S, T), partial(goca.guided_loss, S))
                     for x in (0, -0.1, math.nan, None)],
 }

@@ -54,6 +54,7 @@ def assert_same_assignment(log_d, expected, atol):
 # ---------------------------------------------------------------------------------------------------------------------
 # Equal to the reference
 # ---------------------------------------------------------------------------------------------------------------------
+PRIOR_VIEWS = [(True, True), (True, False), (False, True), (False, False)]
 SIZES = [(1, 1), (1, 9), (9, 1), (2, 3), (31, 17), (33, 65), (5, 300), (130, 7), (10, 1000), (257, 1001), (640, 1000)]
 
 
@@ -64,6 +65,9 @@ def test_assignments(device, size, dtype, atol):
     expected = reference(goca.guided_assign, s)
     assert 1 in size or expected.exp().amax() > 1.2 / size[1], "degenerate: a uniform result would pass"
     assert_same_assignment(goca.guided_assign(s, impl="compiled"), expected, atol)
+    for views in PRIOR_VIEWS[1:]:
+        assert_same_assignment(goca.guided_assign(s, impl="compiled", prior_views=views),
+                               reference(goca.guided_assign, s, prior_views=views), atol)
     assert_same_assignment(goca.assign(s, impl="compiled"), reference(goca.assign, s), atol)
     prior = torch.log_softmax(unit_scores(2, 2, size[0], n=size[1], seed=1, dtype=dtype, device=device) / 0.02, -1)
     for sign in (1, -1):
@@ -76,9 +80,9 @@ def test_assignments(device, size, dtype, atol):
 def test_losses_and_gradients(device, size, dtype, atol):
     scores = unit_scores(2, 4, size[0], n=size[1], dtype=dtype, device=device).requires_grad_()
     exact = scores.detach().double().cpu().requires_grad_()
-    for n_assign in (1, 2, 3, 4) if size[0] < 640 else (2,):
-        loss = goca.guided_loss(scores, n_assign=n_assign, impl="compiled")
-        expected = goca.guided_loss(exact, n_assign=n_assign, impl="reference")
+    for n_assign, views in enumerate(PRIOR_VIEWS, 1) if size[0] < 640 else [(2, PRIOR_VIEWS[0])]:
+        loss = goca.guided_loss(scores, n_assign=n_assign, prior_views=views, impl="compiled")
+        expected = goca.guided_loss(exact, n_assign=n_assign, prior_views=views, impl="reference")
         torch.testing.assert_close(loss.double().cpu(), expected, rtol=atol, atol=atol)
         torch.testing.assert_close(torch.autograd.grad(loss, scores)[0].double().cpu(),
                                    torch.autograd.grad(expected, exact)[0], rtol=0, atol=10 * atol / size[0])
@@ -99,8 +103,9 @@ def test_a_large_problem():
 @pytest.mark.parametrize("iters", [1, 2, 3, 4, 5, 6, 7, 20])  # groups of rounds and what is left of one
 def test_rounds(device, iters):
     s = unit_scores(2, 2, 37, n=50, dtype=torch.float64, device=device)
-    assert_same_assignment(goca.guided_assign(s, iters=iters, impl="compiled"),
-                           reference(goca.guided_assign, s, iters=iters), 1e-11)
+    for views in PRIOR_VIEWS:
+        assert_same_assignment(goca.guided_assign(s, iters=iters, prior_views=views, impl="compiled"),
+                               reference(goca.guided_assign, s, iters=iters, prior_views=views), 1e-11)
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 10.0**k) for k in (2, 5, 6, 7, 8, 12, 33)]
@@ -135,9 +140,10 @@ def test_samples_that_no_prototype_likes(device, dtype, lambda1, atol, iters):
         assert bool((row < 1e-12).all()), "the case must need rebuilding"
     assert_same_assignment(goca.assign(s, lambda1, iters=iters, impl="compiled"),
                            reference(goca.assign, s, lambda1=lambda1, iters=iters), atol)
-    assert_same_assignment(goca.guided_assign(s, lambda1, 0.8 * lambda1, iters=iters, impl="compiled"),
-                           reference(goca.guided_assign, s, lambda1=lambda1, lambda2=0.8 * lambda1, iters=iters),
-                           10 * atol)
+    for views in ((True, True), (False, True)):  # a row that is rebuilt in either pass, or kept from the first
+        given = dict(lambda1=lambda1, lambda2=0.8 * lambda1, iters=iters, prior_views=views)
+        assert_same_assignment(goca.guided_assign(s, impl="compiled", **given),
+                               reference(goca.guided_assign, s, **given), 10 * atol)
 
 
 def test_strides_and_leading_dimensions(device):
@@ -214,18 +220,19 @@ def test_opcheck(device, dtype):
     targets = goca.guided_assign(s[:, :2], impl="reference")
     opcheck(torch.ops.goca.assign, (s, None, 0.02, 0.03, 1, 3))
     opcheck(torch.ops.goca.assign, (s, s.roll(1, -1), 0.02, 0.03, -1, 3))
-    opcheck(torch.ops.goca.guided_assign, (s[:, :2], 0.02, 0.03, 1, 3))
+    opcheck(torch.ops.goca.guided_assign, (s[:, :2], 0.02, 0.03, 1, 3, (True, False)))
     for x in (s, s.clone().requires_grad_()):
         grad = x.requires_grad
         opcheck(torch.ops.goca.swapped_loss, (x, targets, 0.1, grad))
-        opcheck(torch.ops.goca.guided_loss, (x, s[:, :2], 0, 0.02, 0.03, 1, 3, 0.1, grad))
+        opcheck(torch.ops.goca.guided_loss, (x, s[:, :2], 0, 0.02, 0.03, 1, 3, (True, True), 0.1, grad))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_without_graph_breaks(device, dynamic):
     def step(f, p):
         scores = torch.nn.functional.normalize(f, dim=-1) @ p.T
-        return goca.guided_loss(scores, impl="compiled") + goca.assign(scores[0, 0], impl="compiled").mean()
+        return (goca.guided_loss(scores, impl="compiled", prior_views=(True, False))
+                + goca.assign(scores[0, 0], impl="compiled").mean())
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     p = torch.randn(30, 8, device=device)
@@ -260,7 +267,7 @@ def test_meta_tensors():
 @built
 def test_the_operator_checks_for_itself():
     ops, s = torch.ops.goca, unit_scores(2, 3, 4, n=5)
-    loss = (0, 0.02, 0.03, 1, 3, 0.1, False)
+    loss = (0, 0.02, 0.03, 1, 3, (True, True), 0.1, False)
     for call, name in (
             (lambda: ops.assign(s[0, 0, 0], None, 0.02, 0.03, 1, 3), "scores"),
             (lambda: ops.assign(s.half(), None, 0.02, 0.03, 1, 3), "scores"),
@@ -272,7 +279,7 @@ def test_the_operator_checks_for_itself():
             (lambda: ops.assign(s, None, 0.02, -0.03, 1, 3), "lambda2"),
             (lambda: ops.assign(s, None, 0.02, 0.03, 0, 3), "prior_sign"),
             (lambda: ops.assign(s, None, 0.02, 0.03, 1, 0), "iters"),
-            (lambda: ops.guided_assign(s[:1], 0.02, 0.03, 1, 3), "scores"),
+            (lambda: ops.guided_assign(s[:1], 0.02, 0.03, 1, 3, (True, True)), "scores"),
             (lambda: ops.swapped_loss(s, s[:, :, :2], 0.1, False), "log_targets"),
             (lambda: ops.swapped_loss(s, s[:, :2], 0.0, False), "temperature"),
             (lambda: ops.swapped_loss(s[:, :1], s[:, :1], 0.1, False), "scores"),

@@ -8,7 +8,7 @@ template <typename T>
 struct Call {
   const T *scores, *log_prior, *log_targets, *batch_scores;
   T *log_d, *loss, *gradient;
-  int64_t views, crops, assigning, m, N, M, first_row, guided, prior_sign, iters;
+  int64_t views, crops, assigning, m, N, M, first_row, rgb_prior, flow_prior, prior_sign, iters;
   double lambda1, lambda2, temperature;
 };
 
@@ -23,7 +23,7 @@ goca::Solved<T> solve(const Call<T>& c, const T* scores, T* E, std::vector<T>& r
   const int64_t A = c.assigning, B = c.views * A;
   rest.assign(goca::potentials_size(B, c.M, c.N, goca::CUDA_CHUNK), T(NAN));
   const goca::AssignArgs<T> a{c.views, A, c.M, c.N, stack(scores, A, c.M, c.N), stack(c.log_prior, A, c.M, c.N),
-                              c.guided != 0, c.lambda1, c.lambda2, int(c.prior_sign), c.iters};
+                              {c.rgb_prior != 0, c.flow_prior != 0}, c.lambda1, c.lambda2, int(c.prior_sign), c.iters};
   const auto solved = goca::lay_out(E, rest.data(), B, c.M, c.N, goca::CUDA_CHUNK);
   goca::cuda::solve(a, solved, nullptr);
   if (take_log) goca::cuda::log_assignment(a, solved, nullptr);
