@@ -90,7 +90,7 @@ def assign(scores, lambda1=0.02, *, log_prior=None, lambda2=0.03, iters=3, prior
     prior_sign               +1 the paper; -1 the released code, which moves D away from the prior
     impl                     "reference" (PyTorch), "compiled" (C++ or CUDA), "auto" (compiled where built)
     check_finite             look for NaN and infinities first: one pass over the data, and a wait for the device;
-                             skipped under torch.compile and CUDA graph capture
+                             skipped under torch.compile, torch.func and CUDA graph capture
 
     Raises ValueError, naming the argument and what was expected, for any wrong shape, dtype, device or value, and
     RuntimeError, naming the build command, where impl="compiled" and the extension isn't built.
@@ -101,9 +101,10 @@ def assign(scores, lambda1=0.02, *, log_prior=None, lambda2=0.03, iters=3, prior
         log_prior = _like("log_prior", log_prior, scores, scores.shape, check_finite)
     if _compiled(impl, scores.device):
         return torch.ops.goca.assign(scores, log_prior, lambda1, lambda2, prior_sign, iters)
+    scores = scores.detach()  # from forward-mode derivatives, which no_grad lets through
     if log_prior is None:
         return _sinkhorn(scores / lambda1, iters)  # Eq. 5
-    return _sinkhorn((scores + prior_sign * lambda2 * log_prior) / (lambda1 + lambda2), iters)  # Eq. 10
+    return _sinkhorn((scores + prior_sign * lambda2 * log_prior.detach()) / (lambda1 + lambda2), iters)  # Eq. 10
 
 
 @torch.no_grad()
@@ -143,7 +144,8 @@ def swapped_loss(scores, log_targets, temperature=0.1, impl="auto", *, check_fin
     log_targets [G, A, m, N] log D of the first A crops of each view (A <= V); no gradient flows through it
     temperature > 0          tau of softmax(S / tau) (0.1, SwAV)
 
-    The mean over samples, views and pairs of crops. `impl`, `check_finite` and errors as in `assign`.
+    The mean over samples, views and pairs of crops. `impl`, `check_finite` and errors as in `assign`. Compiled, it has
+    derivatives of any order by torch.autograd; torch.func and forward mode need impl="reference".
     """
     _check_positive("temperature", temperature)
     scores = _tensor("scores", scores, "[G, V, m, N]", check_finite, temperature=temperature)
@@ -156,7 +158,7 @@ def swapped_loss(scores, log_targets, temperature=0.1, impl="auto", *, check_fin
     shape = scores.shape[:1] + log_targets.shape[1:2] + scores.shape[2:]  # [G, A, m, N]
     log_targets = _like("log_targets", log_targets.detach(), scores, shape, check_finite)
     if _compiled(impl, scores.device):
-        return torch.ops.goca.swapped_loss(scores, log_targets, temperature, _needs_gradient(scores))[0]
+        return torch.ops.goca.swapped_loss(scores, log_targets, temperature)[0]
 
     log_g = torch.log_softmax(scores / temperature, dim=-1)  # Eq. 2, right: the predictions, [G, V, m, N]
     d = log_targets.exp()  # [G, A, m, N]
@@ -200,7 +202,7 @@ def guided_loss(scores, *, n_assign=2, lambda1=0.02, lambda2=0.03, temperature=0
                              f"in batch_scores, got {first_row!r}")
     if _compiled(impl, scores.device):
         return torch.ops.goca.guided_loss(scores, batch_scores, first_row, lambda1, lambda2, prior_sign, iters,
-                                          prior_views, temperature, _needs_gradient(scores))[0]
+                                          prior_views, temperature)[0]
     log_d = guided_assign(batch_scores, lambda1, lambda2, iters, "reference", prior_sign=prior_sign,
                           prior_views=prior_views, check_finite=False)
     return swapped_loss(scores, log_d[:, :, first_row:first_row + m], temperature, "reference", check_finite=False)
@@ -231,10 +233,6 @@ def _compiled(impl, device):
     return False
 
 
-def _needs_gradient(scores):
-    return scores.requires_grad and torch.is_grad_enabled()
-
-
 def _describe(x):
     return f"{x.dtype} {list(x.shape)}" if isinstance(x, torch.Tensor) else f"{type(x).__name__}"
 
@@ -260,8 +258,7 @@ def _tensor(name, x, shape, check_finite, **divisors):
         raise ValueError(f"{name} must not be empty: at least one sample and one prototype, got {_describe(x)}")
     if x.dtype in (torch.bfloat16, torch.float16):
         x = x.float()
-    if check_finite and not torch.compiler.is_compiling() and x.device.type != "meta" \
-            and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if check_finite and _has_values(x):
         low, high = torch.stack(torch.aminmax(x.detach())).tolist()  # a NaN makes both NaN
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(x)).sum())} NaN or infinite values")
@@ -272,6 +269,12 @@ def _tensor(name, x, shape, check_finite, **divisors):
                 raise ValueError(f"{name} must stay within {x.dtype} when divided by {divisor}, "
                                  f"got up to {largest:.3g} / {value:.3g}")
     return x
+
+
+def _has_values(x):
+    """Whether the host may look at x: not so while it is traced, captured in a CUDA graph or mapped by torch.func."""
+    return not (torch.compiler.is_compiling() or x.device.type == "meta" or torch._C._are_functorch_transforms_active()
+                or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
 def _like(name, x, scores, shape, check_finite, **divisors):
