@@ -1,8 +1,8 @@
 // torch.ops.goca: schemas, checks, allocation, autograd; one operator family for CPU and CUDA (contracts: goca.py).
 //
-// goca.py checks what users hand over and says it in its own words; the checks here guard torch.ops.goca itself. The
-// losses return (loss, gradient): the forward pass forms both at once, where a gradient is wanted, and the backward pass
-// only scales. The second output is for that alone and is not differentiable.
+// goca.py checks its users' arguments in its own words; the checks here guard torch.ops.goca itself. The losses return
+// (loss, gradient): the forward pass forms both at once where a gradient is needed, and the backward pass only scales.
+// The second output serves that alone and is not differentiable.
 #include "goca.h"
 #ifdef GOCA_CUDA
 #include "cuda.h"
@@ -31,7 +31,7 @@ using torch::autograd::variable_list;
 using PriorViews = std::array<bool, 2>;
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Checks: one sentence each, before any kernel starts
+// Checks, before any kernel starts
 // ---------------------------------------------------------------------------------------------------------------------
 void check_scores(const Tensor& x, int64_t dims, const char* shape) {
   TORCH_CHECK_VALUE(x.dim() >= 2 && (dims == 0 || x.dim() == dims), "scores must have shape ", shape, ", got ",
@@ -101,27 +101,27 @@ void check_guided_loss(const Tensor& scores, const Tensor& batch_scores, const c
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Kernels' entry: contiguous rows, sizes, dispatch on dtype and device, one allocation for the work
+// Kernel calls: contiguous rows, sizes, dispatch on dtype and device, one allocation for the workspace
 // ---------------------------------------------------------------------------------------------------------------------
-int64_t chunk_of(const Tensor& x) { return x.is_cuda() ? CUDA_CHUNK : CPU_CHUNK; }
+int64_t chunk_rows(const Tensor& x) { return x.is_cuda() ? CUDA_CHUNK : CPU_CHUNK; }
 
-Tensor unit_rows(const Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
+Tensor contiguous_rows(const Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
 
 template <typename T>
-Stack<T> stack(const Tensor& x) {  // [views, crops, rows, N]
+Matrices<T> matrices(const Tensor& x) {  // [views, crops, rows, N]
   return {x.const_data_ptr<T>(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 template <typename T>
-struct OnDevice {  // the device's three entry points, on the current stream
+struct Kernels {  // of the device, on the current stream
   const Tensor& like;
-  void solve(const AssignArgs<T>& a, const Solved<T>& s) const {
+  void solve(const AssignArgs<T>& a, const Solution<T>& s) const {
 #ifdef GOCA_CUDA
     if (like.is_cuda()) return cuda::solve(a, s, c10::cuda::getCurrentCUDAStream().stream());
 #endif
     cpu::solve(a, s);
   }
-  void log_assignment(const AssignArgs<T>& a, const Solved<T>& s) const {
+  void log_assignment(const AssignArgs<T>& a, const Solution<T>& s) const {
 #ifdef GOCA_CUDA
     if (like.is_cuda()) return cuda::log_assignment(a, s, c10::cuda::getCurrentCUDAStream().stream());
 #endif
@@ -145,7 +145,7 @@ struct OnDevice {  // the device's three entry points, on the current stream
 template <typename T>
 AssignArgs<T> assign_args(const Tensor& scores, PriorViews prior_views, double lambda1, double lambda2,
                           int64_t prior_sign, int64_t iters) {
-  return {scores.size(0), scores.size(1), scores.size(2), scores.size(3), stack<T>(scores), {},
+  return {scores.size(0), scores.size(1), scores.size(2), scores.size(3), matrices<T>(scores), {},
           {prior_views[0], prior_views[1]}, lambda1, lambda2, static_cast<int>(prior_sign), iters};
 }
 
@@ -154,19 +154,19 @@ Tensor assign(const Tensor& scores, const std::optional<Tensor>& log_prior, doub
   check_assign(scores, log_prior, lambda1, lambda2, prior_sign, iters);
   GUARD_DEVICE(scores);
   const int64_t M = scores.size(-2), N = scores.size(-1);
-  const Tensor x = unit_rows(scores.reshape({-1, 1, M, N}));
-  const Tensor prior = log_prior ? unit_rows(log_prior->reshape({-1, 1, M, N})) : Tensor();
+  const Tensor x = contiguous_rows(scores.reshape({-1, 1, M, N}));
+  const Tensor prior = log_prior ? contiguous_rows(log_prior->reshape({-1, 1, M, N})) : Tensor();
   const int64_t B = x.size(0);
   Tensor log_d = at::empty(scores.sizes(), scores.options(), at::MemoryFormat::Contiguous);
-  Tensor rest = at::empty({potentials_size(B, M, N, chunk_of(scores))}, scores.options());
+  Tensor rest = at::empty({potentials_size(B, M, N, chunk_rows(scores))}, scores.options());
   AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "goca::assign", [&] {
     auto a = assign_args<scalar_t>(x, {false, false}, lambda1, lambda2, prior_sign, iters);
-    if (log_prior) a.log_prior = stack<scalar_t>(prior);
-    const auto s = lay_out(log_d.mutable_data_ptr<scalar_t>(), rest.mutable_data_ptr<scalar_t>(), B, M, N,
-                           chunk_of(scores));
-    const OnDevice<scalar_t> device{scores};
-    device.solve(a, s);
-    device.log_assignment(a, s);
+    if (log_prior) a.log_prior = matrices<scalar_t>(prior);
+    const auto s = partition(log_d.mutable_data_ptr<scalar_t>(), rest.mutable_data_ptr<scalar_t>(), B, M, N,
+                           chunk_rows(scores));
+    const Kernels<scalar_t> kernels{scores};
+    kernels.solve(a, s);
+    kernels.log_assignment(a, s);
   });
   return log_d;
 }
@@ -175,17 +175,17 @@ Tensor guided_assign(const Tensor& scores, double lambda1, double lambda2, int64
                      PriorViews prior_views) {
   check_guided_assign(scores, lambda1, lambda2, prior_sign, iters);
   GUARD_DEVICE(scores);
-  const Tensor x = unit_rows(scores);
+  const Tensor x = contiguous_rows(scores);
   const int64_t B = x.size(0) * x.size(1), M = x.size(2), N = x.size(3);
   Tensor log_d = at::empty(scores.sizes(), scores.options(), at::MemoryFormat::Contiguous);
-  Tensor rest = at::empty({potentials_size(B, M, N, chunk_of(scores))}, scores.options());
+  Tensor rest = at::empty({potentials_size(B, M, N, chunk_rows(scores))}, scores.options());
   AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "goca::guided_assign", [&] {
     const auto a = assign_args<scalar_t>(x, prior_views, lambda1, lambda2, prior_sign, iters);
-    const auto s = lay_out(log_d.mutable_data_ptr<scalar_t>(), rest.mutable_data_ptr<scalar_t>(), B, M, N,
-                           chunk_of(scores));
-    const OnDevice<scalar_t> device{scores};
-    device.solve(a, s);
-    device.log_assignment(a, s);
+    const auto s = partition(log_d.mutable_data_ptr<scalar_t>(), rest.mutable_data_ptr<scalar_t>(), B, M, N,
+                           chunk_rows(scores));
+    const Kernels<scalar_t> kernels{scores};
+    kernels.solve(a, s);
+    kernels.log_assignment(a, s);
   });
   return log_d;
 }
@@ -197,13 +197,13 @@ std::tuple<Tensor, Tensor> loss_of(LossArgs<T> a, const Tensor& scores, double t
                                   : at::empty({0}, scores.options());
   Tensor terms = at::empty({scores.size(0) * scores.size(2)}, scores.options().dtype(at::kDouble));
   a.views = scores.size(0), a.crops = scores.size(1), a.m = scores.size(2), a.N = scores.size(3);
-  a.scores = stack<T>(scores);
+  a.scores = matrices<T>(scores);
   a.inverse_temperature = 1 / temperature;
   a.weight = 1 / (static_cast<double>(a.views) * a.m * a.assigning * (a.crops - 1));
   a.loss = loss.mutable_data_ptr<T>();
   a.gradient = with_gradient ? gradient.mutable_data_ptr<T>() : nullptr;
   a.terms = terms.mutable_data_ptr<double>();
-  OnDevice<T>{scores}.swapped_loss(a);
+  Kernels<T>{scores}.swapped_loss(a);
   return {loss, gradient};
 }
 
@@ -211,11 +211,11 @@ std::tuple<Tensor, Tensor> swapped_loss(const Tensor& scores, const Tensor& log_
                                         bool with_gradient) {
   check_swapped_loss(scores, log_targets, temperature);
   GUARD_DEVICE(scores);
-  const Tensor x = unit_rows(scores), targets = unit_rows(log_targets);
+  const Tensor x = contiguous_rows(scores), targets = contiguous_rows(log_targets);
   return AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "goca::swapped_loss", [&] {
     LossArgs<scalar_t> a{};
     a.assigning = targets.size(1);
-    a.log_targets = stack<scalar_t>(targets);
+    a.log_targets = matrices<scalar_t>(targets);
     return loss_of(a, x, temperature, with_gradient);
   });
 }
@@ -225,17 +225,17 @@ std::tuple<Tensor, Tensor> guided_loss(const Tensor& scores, const Tensor& batch
                                        PriorViews prior_views, double temperature, bool with_gradient) {
   check_guided_loss(scores, batch_scores, first_row, lambda1, lambda2, prior_sign, iters, temperature);
   GUARD_DEVICE(scores);
-  const Tensor x = unit_rows(scores), all = unit_rows(batch_scores);
+  const Tensor x = contiguous_rows(scores), all = contiguous_rows(batch_scores);
   const int64_t B = all.size(0) * all.size(1), M = all.size(2), N = all.size(3);
-  Tensor work = at::empty({B * M * N + potentials_size(B, M, N, chunk_of(scores))}, scores.options());
+  Tensor work = at::empty({B * M * N + potentials_size(B, M, N, chunk_rows(scores))}, scores.options());
   return AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "goca::guided_loss", [&] {
     const auto assignment = assign_args<scalar_t>(all, prior_views, lambda1, lambda2, prior_sign, iters);
     scalar_t* E = work.mutable_data_ptr<scalar_t>();
-    const auto s = lay_out(E, E + B * M * N, B, M, N, chunk_of(scores));
-    OnDevice<scalar_t>{scores}.solve(assignment, s);
+    const auto s = partition(E, E + B * M * N, B, M, N, chunk_rows(scores));
+    Kernels<scalar_t>{scores}.solve(assignment, s);
     LossArgs<scalar_t> a{};
     a.assigning = all.size(1);
-    a.solved = s;
+    a.solution = s;
     a.M = M, a.first_row = first_row;
     return loss_of(a, x, temperature, with_gradient);
   });
@@ -330,7 +330,7 @@ class Loss : public torch::autograd::Function<Loss> {
   }
 };
 
-// run(with_gradient) -> loss, gradient. targets: log D where log_targets, else the scores that it is to be computed from.
+// run(with_gradient) -> loss, gradient. targets: log D where log_targets, else the scores of the assigning crops.
 template <typename Run>
 std::tuple<Tensor, Tensor> with_autograd(const Tensor& scores, const Tensor& targets, bool log_targets,
                                          double temperature, bool with_gradient, const Run& run) {
@@ -378,12 +378,12 @@ TORCH_LIBRARY(goca, m) {
         "-> (Tensor loss, Tensor gradient)");
 }
 
-#define REGISTER(key)                         \
-  TORCH_LIBRARY_IMPL(goca, key, m) {          \
-    m.impl("assign", assign);                 \
-    m.impl("guided_assign", guided_assign);   \
-    m.impl("swapped_loss", swapped_loss);     \
-    m.impl("guided_loss", guided_loss);       \
+#define REGISTER(key)                       \
+  TORCH_LIBRARY_IMPL(goca, key, m) {        \
+    m.impl("assign", assign);               \
+    m.impl("guided_assign", guided_assign); \
+    m.impl("swapped_loss", swapped_loss);   \
+    m.impl("guided_loss", guided_loss);     \
   }
 REGISTER(CPU)
 #ifdef GOCA_CUDA

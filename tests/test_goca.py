@@ -394,7 +394,7 @@ def test_check_finite_off_lets_nan_through(impl):
 def test_without_the_extension(monkeypatch):
     monkeypatch.setattr(goca, "_goca", None)
     monkeypatch.setattr(goca, "_MISSING", "the compiled operator isn't built", raising=False)
-    monkeypatch.setattr(goca, "_said", set())
+    monkeypatch.setattr(goca, "_warned", set())
     with pytest.raises(RuntimeError, match=r"python setup\.py build_ext --inplace"):
         goca.assign(S, impl="compiled")
     with pytest.warns(UserWarning, match="isn't built; the PyTorch reference is used"):
