@@ -12,7 +12,7 @@ their products with the prototypes are the scores, the long crops' scores are as
 every crop predicts the assignments of the video's other long crops. The same command continues an interrupted run.
 
 Watch `loss` against ln N (6.908 for 1000 prototypes): a loss that stays there has collapsed. Defaults are the paper's;
-the README lists what the paper leaves open and what was chosen.
+docs/paper.md lists what the paper leaves open and what was chosen.
 """
 
 import hashlib
