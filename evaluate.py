@@ -46,7 +46,8 @@ from support.weights import export
 
 VIEWS = (*model.VIEWS, "rgb+flow")
 PRETRAINING = ("dataset", "split", "epochs", "global_batch", "optimizer", "lr", "lambda1", "lambda2", "prior_sign",
-               "guide_start", "lead", "lead_epochs", "seed", "prototypes")  # of a checkpoint's settings, repeated beside its numbers
+               "guide_start", "lead", "lead_epochs", "seed",
+               "prototypes")  # of a checkpoint's settings, repeated beside its numbers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
