@@ -91,7 +91,8 @@ def open_views(video, store, rgb=None):
 
 
 def read_frames(video, flow, wanted, rgb=None, reader=None):
-    """Yield (t, RGB uint8 [H, W, 3] BGR, flow uint8 [2h, w], u over v) for each t of `wanted` (ascending), in one pass.
+    """Yield (t, frame uint8 [H, W, 3] in BGR order, flow uint8 [2h, w], u over v) for each t of `wanted`
+    (ascending), in one pass.
 
     flow, rgb: of `open_views`; without rgb the video is decoded, by `reader`, a FilmReader, if one is given. Raises
     BadInput, naming the file, if one can't be read or the video ends before its flow.
@@ -252,7 +253,7 @@ class TestClips(Clips):
         self.time_limit = time_limit
 
     def item_bytes(self):
-        return self.frames * self.size ** 2 * 5  # of one view; how many differ hangs on the video
+        return self.frames * self.size ** 2 * 5  # of one view; how many there are depends on the video
 
     def starts(self, n):
         """First frames of the views of a video with n usable frames."""
@@ -285,7 +286,8 @@ class TestClips(Clips):
         if video.frames:  # flow is that of the whole film
             n = min(n - video.first, max(1, video.frames - 1))
             if n < 1:
-                raise BadInput(f"{video.path} ends before frame {video.first}")
+                raise BadInput(f"{video.path} has flow up to frame {video.first} only; extract its flow again: "
+                               f"{flow.command}")
             reader = self._reader(video)
         views, weight, wanted = self._plan(n, h == 2 * w)
         come = ((t - video.first, *both) for t, *both in
@@ -309,7 +311,8 @@ class TestClips(Clips):
                     pass
             found = reader.position - video.first
             if found <= 0:
-                raise BadInput(f"{video.path} ends before frame {video.first}, at {reader.position}")
+                raise BadInput(f"{video.path} ends at frame {reader.position}, before frame {video.first}; has it "
+                               f"changed?")
             if found == frames:
                 return {**cut, "weight": weight}
             frames = found

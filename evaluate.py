@@ -1,7 +1,7 @@
 """Stage 4: what the representation is worth (paper section 4; Tables 1-8).
 
 In   a checkpoint of pretrain.py (or `none`: the untrained network), or other people's weights (`--weights`, see
-     weights.py), a labelled data set and its flow store.
+     support/weights.py), a labelled data set and its flow store.
 Out  a table; with --json FILE {"protocol": {...}, "results": {view: {name: number}}, ...}.
 
     python evaluate.py retrieval --checkpoint runs/ucf101 --dataset ucf101 --videos UCF-101 --splits ucfTrainTestlist \\

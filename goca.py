@@ -114,7 +114,8 @@ def guided_assign(scores, lambda1=0.02, lambda2=0.03, iters=3, impl="auto", *, p
 
     scores [2, A, M, N]      view (rgb, flow), assigning crop, sample, prototype
     prior_views              whether rgb, and whether flow, takes the prior; a view that doesn't is assigned by itself
-                             (Eq. 5). (True, True) the paper; (True, False) flow leads; (False, False) Sep
+                             (Eq. 5). (True, True) the paper; (True, False) flow leads; (False, False) no
+                             guiding, Table 1's Sep
 
     Other arguments and errors as in `assign`.
     """
@@ -130,7 +131,7 @@ def guided_assign(scores, lambda1=0.02, lambda2=0.03, iters=3, impl="auto", *, p
         return guided(scores, log_prior=log_d.flip(0)) if prior_views[0] else log_d  # Eqs. 6, 7: of the other view
     leader = 0 if prior_views[1] else 1
     log_d = unguided(scores[leader])  # Eq. 5
-    led = guided(scores[1 - leader], log_prior=log_d)  # Eq. 6
+    led = guided(scores[1 - leader], log_prior=log_d)  # Eq. 6, or 7 where rgb leads
     return torch.stack([led, log_d] if leader else [log_d, led])
 
 
@@ -196,7 +197,7 @@ def guided_loss(scores, *, n_assign=2, lambda1=0.02, lambda2=0.03, temperature=0
             raise ValueError(f"batch_scores must be a tensor [2, A, M, N], got {_describe(batch_scores)}")
         rows = batch_scores.shape[2]
         batch_scores = _check_like("batch_scores", batch_scores.detach(), scores, (2, n_assign, rows, n), check_finite,
-                             lambda1=lambda1)
+                                   lambda1=lambda1)
         if not _is_int(first_row) or not 0 <= first_row <= rows - m:
             raise ValueError(f"first_row must be an integer from 0 to M - m = {rows} - {m}, so that the own rows lie "
                              f"in batch_scores, got {first_row!r}")

@@ -288,7 +288,7 @@ def arguments(argv=None):
     if s.method == "avg" and s.heads == 2:
         raise BadInput("--method avg has one feature a clip, so no use for --heads 2")
     if (s.lead == "none") != (s.lead_epochs == 0):
-        raise BadInput(f"--lead {s.lead} --lead-epochs {s.lead_epochs}: leading takes both, a view and for how long")
+        raise BadInput(f"--lead {s.lead} --lead-epochs {s.lead_epochs}: --lead VIEW and --lead-epochs E go together")
     if s.compile and s.recompute:
         raise BadInput("--compile and --recompute don't go together: torch can't compile what is computed again")
     if why := model.too_small(s.arch, min(s.frames, s.short_frames) if s.short_crops else s.frames, s.size):

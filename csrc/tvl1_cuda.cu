@@ -5,7 +5,7 @@
 // all that are allowed. Every POLL_INTERVAL iterations the host learns which go on, without the device waiting for
 // it, and launches blocks for these alone.
 //
-// Runs repeat bit for bit, whatever the batch. Never run on a GPU so far: checked by tests/test_tvl1_cuda_on_cpu.py,
+// Runs repeat bit for bit, whatever the batch. Never run on a GPU so far: checked by tests/cuda_on_cpu/test_tvl1_cuda_on_cpu.py,
 // which runs these files without one; speed unknown.
 #include "tvl1_cuda.h"
 
