@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 FLAG = "--no-build-isolation"
 USE = """
 import torch, goca, tvl1
