@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 from helpers.clips import film, numbered
+from helpers.flow import command as flow_command
+from helpers.flow import film as flow_film
+from helpers.flow import moving
 from helpers.small_runs import SMALL, log_lines
 from helpers.training import fake_clips, settings
 
@@ -93,8 +96,19 @@ def test_a_film_that_declares_other_frames_than_it_has(tmp_path, monkeypatch, de
         data.TrainClips([Video(str(empty), "b", -1)], None, frames=6, n_short=0, size=16, views=("rgb",))[(0, 0)]
 
 
-def test_flow_that_is_smaller_than_its_film_is_cut_at_the_film_s_place(tmp_path):
-    from helpers.flow import extracted  # noqa: F401
+def test_smaller_flow_alone_is_cut_at_the_place_in_the_film(tmp_path):
+    """The film's size is in the header of its flow."""
+    flow_film(tmp_path / "v" / "a.avi", moving(6, 36, 50, 1, 0))
+    assert flow_command(tmp_path / "v", tmp_path / "flow", "--short-side", "20") == 0
+    videos, flows = read_split("folder", tmp_path / "v").videos, FlowStore(tmp_path / "flow")
+    assert flows.open("a").shape == (40, 28)
+    both, alone = (data.TrainClips(videos, flows, frames=3, n_short=0, size=16, views=views)
+                   for views in (model.VIEWS, ("flow",)))
+    for epoch in range(4):
+        expected = both[(epoch, 0)]["long"]["flow"]
+        assert torch.equal(alone[(epoch, 0)]["long"]["flow"], expected) and expected.float().std() > 1
+    views = [data.TestClips(videos, flows, frames=3, size=16, views=views)[0] for views in (model.VIEWS, ("flow",))]
+    assert torch.equal(views[0]["flow"], views[1]["flow"]) and "rgb" not in views[1]
 
 
 # --- the step --------------------------------------------------------------------------------------------------------
