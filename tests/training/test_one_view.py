@@ -130,9 +130,8 @@ def test_a_step_of_one_view_is_that_view_s_part_of_two_networks(view):
     assert parts["loss_rgb"] != pytest.approx(parts["loss_flow"], rel=1e-4)
     loss.backward()
     (2 * whole).backward()
-    for name, p in one.backbones[view].named_parameters():
-        torch.testing.assert_close(p.grad, dict(two.backbones[view].named_parameters())[name].grad, rtol=1e-3,
-                                   atol=1e-5, msg=name)
+    ours, theirs = (torch.cat([p.grad.flatten() for p in net.backbones[view].parameters()]) for net in (one, two))
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm()
     out = pretrain.describe(pretrain.assign(batch_scores, alone, (False, False)), features.detach())
     assert out["rank"] > 1 and "views_agree" not in out and features.shape[0] == scores.shape[0] == 1
 
