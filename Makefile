@@ -38,7 +38,7 @@ demo: $(VENV)/installed
 	@$(BIN)/python evaluate.py retrieval --checkpoint none $(SET) $(NET) --seed $(SEED) --json $(DEMO)/untrained.json
 	@echo "=== 6/8 pre-training with the guided loss"
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 pretrain.py @presets/cpu --batch-size 16 \
-	    --no-sync-batch-norm --epochs 24 --log-every 25 --seed $(SEED) $(SET) \
+	    --sync-batch-norm none --epochs 24 --log-every 25 --seed $(SEED) $(SET) \
 	    --prototypes $(DEMO)/prototypes.npz --out $(DEMO)/goca
 	@echo "=== 7/8 what GOCA retrieves"
 	@$(BIN)/python evaluate.py retrieval --checkpoint $(DEMO)/goca $(SET) --json $(DEMO)/goca.json
@@ -64,7 +64,7 @@ sanitize: $(VENV)/installed
 	cd $(SANITIZED) && GOCA_CXXFLAGS="$(SANITIZERS)" $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 GOCA_CXXFLAGS="$(SANITIZERS)" $(abspath $(BIN))/python -m pytest -q -k "not nvcc" \
-	    tests/test_goca.py tests/test_operator.py tests/test_tvl1.py tests/test_cuda_on_cpu.py tests/test_tvl1_cuda_on_cpu.py
+	    tests/test_goca.py tests/test_operator.py tests/test_tvl1.py tests/cuda_on_cpu
 
 # Where an NVIDIA GPU is: the tests that need one, the same small ones under compute-sanitizer, and the speed rows.
 GPU_TESTS = -q -k "(cuda or gpu) and not on_cpu" tests

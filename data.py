@@ -102,7 +102,8 @@ class EndsEarly(BadInput):
 
 
 def read_frames(video, flow, wanted, rgb=None, reader=None, views=("rgb", "flow")):
-    """Yield (t, RGB uint8 [H, W, 3] BGR, flow uint8 [2h, w], u over v) for each t of `wanted` (ascending), in one pass.
+    """Yield (t, frame uint8 [H, W, 3] in BGR order, flow uint8 [2h, w], u over v) for each t of `wanted`
+    (ascending), in one pass.
 
     flow, rgb: of `open_views`; without rgb the video is decoded, by `reader`, a FilmReader, if one is given. views: of
     one view the other is None, and no file of it is read. Raises BadInput, naming the file, if one can't be read or the
@@ -313,7 +314,7 @@ class TestClips(Clips):
         self.time_limit = time_limit
 
     def item_bytes(self):
-        # of one test view; how many differ hangs on the video
+        # of one test view; how many there are depends on the video
         return self.frames * self.size ** 2 * bytes_of_pixel(self.views)
 
     def starts(self, n):
@@ -347,7 +348,8 @@ class TestClips(Clips):
         if video.frames:  # flow is that of the whole film
             n = min(n - video.first, max(1, video.frames - 1))
             if n < 1:
-                raise BadInput(f"{video.path} ends before frame {video.first}")
+                raise BadInput(f"{video.path} has flow up to frame {video.first} only; extract its flow again: "
+                               f"{flow.command}")
             reader = self._reader(video) if "rgb" in self.views else None
         views, weight, wanted = self._plan(n, h == 2 * w)
         come = ((t - video.first, *both) for t, *both in
@@ -372,7 +374,8 @@ class TestClips(Clips):
                     pass
             found = reader.position - video.first
             if found <= 0:
-                raise BadInput(f"{video.path} ends before frame {video.first}, at {reader.position}")
+                raise BadInput(f"{video.path} ends at frame {reader.position}, before frame {video.first}; has it "
+                               f"changed?")
             if found == frames:
                 return {**cut, "weight": weight}
             frames = found

@@ -1,7 +1,8 @@
 """Stage 4: what the representation is worth (paper section 4; Tables 1-8).
 
 In   a checkpoint of pretrain.py (or `none`: the untrained network), or other people's weights (`--weights`, see
-     weights.py), a labelled data set and its flow store; of --views rgb the videos alone, of --views flow the store.
+     support/weights.py), a labelled data set and its flow store;
+     of --views rgb the videos alone, of --views flow the store.
 Out  a table; with --json FILE {"protocol": {...}, "results": {view: {name: number}}, ...}.
 
     python evaluate.py retrieval --checkpoint runs/ucf101 --dataset ucf101 --videos UCF-101 --splits ucfTrainTestlist \\
@@ -56,7 +57,8 @@ from support.weights import export
 
 VIEWS = (*model.VIEWS, "rgb+flow")
 PRETRAINING = ("dataset", "split", "epochs", "global_batch", "optimizer", "lr", "lambda1", "lambda2", "prior_sign",
-               "guide_start", "seed", "prototypes", "views")  # of a checkpoint's settings, repeated beside its numbers
+               "guide_start", "lead", "lead_epochs", "seed",
+               "prototypes", "views")  # of a checkpoint's settings, repeated beside its numbers
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ except ImportError as error:
                 else f"the compiled operator doesn't load ({error})")
 
 BUILD = "python setup.py build_ext --inplace"
-_said = set()
+_warned = set()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,20 +90,21 @@ def assign(scores, lambda1=0.02, *, log_prior=None, lambda2=0.03, iters=3, prior
     prior_sign               +1 the paper; -1 the released code, which moves D away from the prior
     impl                     "reference" (PyTorch), "compiled" (C++ or CUDA), "auto" (compiled where built)
     check_finite             look for NaN and infinities first: one pass over the data, and a wait for the device;
-                             skipped under torch.compile and CUDA graph capture
+                             skipped under torch.compile, torch.func and CUDA graph capture
 
     Raises ValueError, naming the argument and what was expected, for any wrong shape, dtype, device or value, and
     RuntimeError, naming the build command, where impl="compiled" and the extension isn't built.
     """
     _check_weights(lambda1, lambda2, iters, prior_sign)
-    scores = _tensor("scores", scores, "[..., M, N]", check_finite, lambda1=lambda1)
+    scores = _check_tensor("scores", scores, "[..., M, N]", check_finite, lambda1=lambda1)
     if log_prior is not None:
-        log_prior = _like("log_prior", log_prior, scores, scores.shape, check_finite)
+        log_prior = _check_like("log_prior", log_prior, scores, scores.shape, check_finite)
     if _compiled(impl, scores.device):
         return torch.ops.goca.assign(scores, log_prior, lambda1, lambda2, prior_sign, iters)
+    scores = scores.detach()  # from forward-mode derivatives, which no_grad lets through
     if log_prior is None:
         return _sinkhorn(scores / lambda1, iters)  # Eq. 5
-    return _sinkhorn((scores + prior_sign * lambda2 * log_prior) / (lambda1 + lambda2), iters)  # Eq. 10
+    return _sinkhorn((scores + prior_sign * lambda2 * log_prior.detach()) / (lambda1 + lambda2), iters)  # Eq. 10
 
 
 @torch.no_grad()
@@ -113,13 +114,14 @@ def guided_assign(scores, lambda1=0.02, lambda2=0.03, iters=3, impl="auto", *, p
 
     scores [2, A, M, N]      view (rgb, flow), assigning crop, sample, prototype
     prior_views              whether rgb, and whether flow, takes the prior; a view that doesn't is assigned by itself
-                             (Eq. 5). (True, True) the paper; (True, False) flow leads; (False, False) Sep
+                             (Eq. 5). (True, True) the paper; (True, False) flow leads; (False, False) no
+                             guiding, Table 1's Sep
 
     Other arguments and errors as in `assign`.
     """
     _check_weights(lambda1, lambda2, iters, prior_sign)
     _check_prior_views(prior_views)
-    scores = _tensor("scores", scores, "[2, A, M, N]", check_finite, lambda1=lambda1)
+    scores = _check_tensor("scores", scores, "[2, A, M, N]", check_finite, lambda1=lambda1)
     if _compiled(impl, scores.device):
         return torch.ops.goca.guided_assign(scores, lambda1, lambda2, prior_sign, iters, prior_views)
     unguided = partial(assign, lambda1=lambda1, iters=iters, impl="reference", check_finite=False)
@@ -129,7 +131,7 @@ def guided_assign(scores, lambda1=0.02, lambda2=0.03, iters=3, impl="auto", *, p
         return guided(scores, log_prior=log_d.flip(0)) if prior_views[0] else log_d  # Eqs. 6, 7: of the other view
     leader = 0 if prior_views[1] else 1
     log_d = unguided(scores[leader])  # Eq. 5
-    led = guided(scores[1 - leader], log_prior=log_d)  # Eq. 6
+    led = guided(scores[1 - leader], log_prior=log_d)  # Eq. 6, or 7 where rgb leads
     return torch.stack([led, log_d] if leader else [log_d, led])
 
 
@@ -143,10 +145,11 @@ def swapped_loss(scores, log_targets, temperature=0.1, impl="auto", *, check_fin
     log_targets [G, A, m, N] log D of the first A crops of each view (A <= V); no gradient flows through it
     temperature > 0          tau of softmax(S / tau) (0.1, SwAV)
 
-    The mean over samples, views and pairs of crops. `impl`, `check_finite` and errors as in `assign`.
+    The mean over samples, views and pairs of crops. `impl`, `check_finite` and errors as in `assign`. Compiled, it has
+    derivatives of any order by torch.autograd; torch.func and forward mode need impl="reference".
     """
     _check_positive("temperature", temperature)
-    scores = _tensor("scores", scores, "[G, V, m, N]", check_finite, temperature=temperature)
+    scores = _check_tensor("scores", scores, "[G, V, m, N]", check_finite, temperature=temperature)
     _check_crops(scores)
     if not isinstance(log_targets, torch.Tensor) or log_targets.dim() != 4:
         raise ValueError(f"log_targets must be a tensor [G, A, m, N] of 4 dimensions, got {_describe(log_targets)}")
@@ -154,9 +157,9 @@ def swapped_loss(scores, log_targets, temperature=0.1, impl="auto", *, check_fin
         raise ValueError(f"log_targets must hold 1 to V = {scores.shape[1]} assigning crops (dimension 1), "
                          f"got {log_targets.shape[1]}")
     shape = scores.shape[:1] + log_targets.shape[1:2] + scores.shape[2:]  # [G, A, m, N]
-    log_targets = _like("log_targets", log_targets.detach(), scores, shape, check_finite)
+    log_targets = _check_like("log_targets", log_targets.detach(), scores, shape, check_finite)
     if _compiled(impl, scores.device):
-        return torch.ops.goca.swapped_loss(scores, log_targets, temperature, _needs_gradient(scores))[0]
+        return torch.ops.goca.swapped_loss(scores, log_targets, temperature)[0]
 
     log_g = torch.log_softmax(scores / temperature, dim=-1)  # Eq. 2, right: the predictions, [G, V, m, N]
     d = log_targets.exp()  # [G, A, m, N]
@@ -180,7 +183,7 @@ def guided_loss(scores, *, n_assign=2, lambda1=0.02, lambda2=0.03, temperature=0
     _check_weights(lambda1, lambda2, iters, prior_sign)
     _check_prior_views(prior_views)
     _check_positive("temperature", temperature)
-    scores = _tensor("scores", scores, "[2, V, m, N]", check_finite, lambda1=lambda1, temperature=temperature)
+    scores = _check_tensor("scores", scores, "[2, V, m, N]", check_finite, lambda1=lambda1, temperature=temperature)
     _check_crops(scores)
     _, v, m, n = scores.shape
     if not _is_int(n_assign) or not 1 <= n_assign <= v:
@@ -193,14 +196,14 @@ def guided_loss(scores, *, n_assign=2, lambda1=0.02, lambda2=0.03, temperature=0
         if not isinstance(batch_scores, torch.Tensor) or batch_scores.dim() != 4:
             raise ValueError(f"batch_scores must be a tensor [2, A, M, N], got {_describe(batch_scores)}")
         rows = batch_scores.shape[2]
-        batch_scores = _like("batch_scores", batch_scores.detach(), scores, (2, n_assign, rows, n), check_finite,
-                             lambda1=lambda1)
+        batch_scores = _check_like("batch_scores", batch_scores.detach(), scores, (2, n_assign, rows, n), check_finite,
+                                   lambda1=lambda1)
         if not _is_int(first_row) or not 0 <= first_row <= rows - m:
             raise ValueError(f"first_row must be an integer from 0 to M - m = {rows} - {m}, so that the own rows lie "
                              f"in batch_scores, got {first_row!r}")
     if _compiled(impl, scores.device):
         return torch.ops.goca.guided_loss(scores, batch_scores, first_row, lambda1, lambda2, prior_sign, iters,
-                                          prior_views, temperature, _needs_gradient(scores))[0]
+                                          prior_views, temperature)[0]
     log_d = guided_assign(batch_scores, lambda1, lambda2, iters, "reference", prior_sign=prior_sign,
                           prior_views=prior_views, check_finite=False)
     return swapped_loss(scores, log_d[:, :, first_row:first_row + m], temperature, "reference", check_finite=False)
@@ -225,14 +228,10 @@ def _compiled(impl, device):
         return True
     if impl == "compiled":
         raise RuntimeError(f"{missing}; build it by `{BUILD}` in the repository's root")
-    if missing not in _said and not torch.compiler.is_compiling():
-        _said.add(missing)
+    if missing not in _warned and not torch.compiler.is_compiling():
+        _warned.add(missing)
         warnings.warn(f"{missing}; the PyTorch reference is used. `{BUILD}` builds the operator.", stacklevel=3)
     return False
-
-
-def _needs_gradient(scores):
-    return scores.requires_grad and torch.is_grad_enabled()
 
 
 def _describe(x):
@@ -243,7 +242,7 @@ def _is_int(x):
     return isinstance(x, (numbers.Integral, torch.SymInt)) and not isinstance(x, bool)
 
 
-def _tensor(name, x, shape, check_finite, **divisors):
+def _check_tensor(name, x, shape, check_finite, **divisors):
     """A non-empty floating tensor of the layout `shape`, in float32 or float64, finite also when divided."""
     dims = shape.strip("[]").split(", ")
     if not isinstance(x, torch.Tensor):
@@ -260,8 +259,7 @@ def _tensor(name, x, shape, check_finite, **divisors):
         raise ValueError(f"{name} must not be empty: at least one sample and one prototype, got {_describe(x)}")
     if x.dtype in (torch.bfloat16, torch.float16):
         x = x.float()
-    if check_finite and not torch.compiler.is_compiling() and x.device.type != "meta" \
-            and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if check_finite and _is_readable(x):
         low, high = torch.stack(torch.aminmax(x.detach())).tolist()  # a NaN makes both NaN
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(x)).sum())} NaN or infinite values")
@@ -274,16 +272,22 @@ def _tensor(name, x, shape, check_finite, **divisors):
     return x
 
 
-def _like(name, x, scores, shape, check_finite, **divisors):
-    """As `_tensor`, of the given sizes, with the dtype and device of `scores`."""
-    x = _tensor(name, x, "[..., M, N]", False)
+def _is_readable(x):
+    """Whether the host may look at x: not so while it is traced, captured in a CUDA graph or mapped by torch.func."""
+    return not (torch.compiler.is_compiling() or x.device.type == "meta" or torch._C._are_functorch_transforms_active()
+                or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
+
+
+def _check_like(name, x, scores, shape, check_finite, **divisors):
+    """As `_check_tensor`, of the given sizes, with the dtype and device of `scores`."""
+    x = _check_tensor(name, x, "[..., M, N]", False)
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {list(shape)} to fit scores, got {_describe(x)}")
     if x.dtype != scores.dtype:
         raise ValueError(f"{name} must have the dtype of scores, {scores.dtype}, got {x.dtype}")
     if x.device != scores.device:
         raise ValueError(f"{name} must be on the device of scores, {scores.device}, got {x.device}")
-    return _tensor(name, x, "[..., M, N]", check_finite, **divisors)
+    return _check_tensor(name, x, "[..., M, N]", check_finite, **divisors)
 
 
 def _check_crops(scores):

@@ -14,7 +14,7 @@ every crop predicts the assignments of the video's other long crops. Of one view
 command continues an interrupted run.
 
 Watch `loss` against ln N (6.908 for 1000 prototypes): a loss that stays there has collapsed. Defaults are the paper's;
-the README lists what the paper leaves open and what was chosen.
+docs/paper.md lists what the paper leaves open and what was chosen.
 """
 
 import hashlib
@@ -49,6 +49,7 @@ from support.errors import BadInput
 from support.files import load_arrays
 from support.optim import LARS, AdamW, learning_rate, scaled_rate, set_rate
 from support.run import Run, continue_run, locked, named_failures
+from support.segments import expand
 from support.stores import FlowStore, RgbStore
 from support.training_flags import choose_views, parser, without_effect
 from support.training_log import Log, against_out_of_memory, commit, plan
@@ -258,6 +259,8 @@ def read_data(s):
     rgb = RgbStore(s.rgb) if s.rgb and "rgb" in s.views else None
     found = read_split(s.dataset, s.videos, s.splits, s.split, "train", s.index, None if "rgb" in s.views else store)
     stores = [each for each in (store, rgb) if each]
+    if stores:
+        found = found._replace(videos=expand(found.videos, stores[0], rgb, frames="rgb" in s.views))
     videos = [v for v in found.videos if all(v.name in each for each in stores)]
     if not videos:
         raise BadInput(f"{' or '.join(f'{each.root} holds the {each.KIND}' for each in stores)} of none of the "
@@ -291,7 +294,7 @@ def arguments(argv=None):
     if s.method == "avg" and s.heads == 2:
         raise BadInput("--method avg has one feature a clip, so no use for --heads 2")
     if (s.lead == "none") != (s.lead_epochs == 0):
-        raise BadInput(f"--lead {s.lead} --lead-epochs {s.lead_epochs}: leading takes both, a view and for how long")
+        raise BadInput(f"--lead {s.lead} --lead-epochs {s.lead_epochs}: --lead VIEW and --lead-epochs E go together")
     if s.compile and s.recompute:
         raise BadInput("--compile and --recompute don't go together: torch can't compile what is computed again")
     if why := model.too_small(s.arch, min(s.frames, s.short_frames) if s.short_crops else s.frames, s.size):

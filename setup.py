@@ -1,5 +1,7 @@
 """Build the compiled operator in place: `python setup.py build_ext --inplace` (csrc/ -> _goca*.so beside goca.py).
 
+`pip install --no-build-isolation .` builds it into an environment, with goca.py and tvl1.py (pyproject.toml).
+
 The CPU kernels always; the CUDA kernels where torch is a CUDA build and nvcc is found, for the cards present or for
 TORCH_CUDA_ARCH_LIST. GOCA_CUDA=0 leaves them out, GOCA_CUDA=1 insists. About a minute and a half on 2 cores; without it
 everything runs on the PyTorch reference. CXX picks another compiler; GOCA_CXXFLAGS adds flags for it, such as
@@ -16,7 +18,8 @@ try:
     from setuptools import setup
     from torch.utils import cpp_extension
 except ImportError as error:
-    sys.exit(f"error: {error}; install what requirements.txt lists first: pip install -r requirements.txt")
+    sys.exit(f"error: {error}. The build needs the torch that the operator will run with: pip install -r "
+             "requirements.txt. It is installed? Then pip hides it from the build: pip install --no-build-isolation .")
 
 TORCH_OLDEST, TORCH_BEFORE = (2, 11), (2, 14)
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -73,5 +76,5 @@ if __name__ == "__main__":
     os.chdir(ROOT)
     cuda, why = choose_cuda()
     print(f"building the CPU kernels {'and the CUDA kernels' if cuda else 'alone, no CUDA kernels'}: {why}", flush=True)
-    setup(name="goca", version="0.1.0", ext_modules=[extension(cuda)], py_modules=[],
+    setup(ext_modules=[extension(cuda)],
           cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)})

@@ -1,8 +1,8 @@
 // torch.ops.goca: schemas, checks, allocation, autograd; one operator family for CPU and CUDA (contracts: goca.py).
 //
-// goca.py checks what users hand over and says it in its own words; the checks here guard torch.ops.goca itself. The
-// losses return (loss, gradient): the forward pass forms both at once, and the backward pass only scales. The second
-// output is for that alone and is not differentiable.
+// goca.py checks its users' arguments in its own words; the checks here guard torch.ops.goca itself. The losses return
+// (loss, gradient): the forward pass forms both at once where a gradient is needed, and the backward pass only scales.
+// The second output serves that alone and is not differentiable.
 #include "goca.h"
 #ifdef GOCA_CUDA
 #include "cuda.h"
@@ -11,6 +11,7 @@
 #endif
 
 #include <ATen/ATen.h>
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <Python.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -30,7 +31,7 @@ using torch::autograd::variable_list;
 using PriorViews = std::array<bool, 2>;
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Checks: one sentence each, before any kernel starts
+// Checks, before any kernel starts
 // ---------------------------------------------------------------------------------------------------------------------
 void check_scores(const Tensor& x, int64_t dims, const char* shape) {
   TORCH_CHECK_VALUE(x.dim() >= 2 && (dims == 0 || x.dim() == dims), "scores must have shape ", shape, ", got ",
@@ -100,27 +101,27 @@ void check_guided_loss(const Tensor& scores, const Tensor& batch_scores, const c
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Kernels' entry: contiguous rows, sizes, dispatch on dtype and device, one allocation for the work
+// Kernel calls: contiguous rows, sizes, dispatch on dtype and device, one allocation for the workspace
 // ---------------------------------------------------------------------------------------------------------------------
-int64_t chunk_of(const Tensor& x) { return x.is_cuda() ? CUDA_CHUNK : CPU_CHUNK; }
+int64_t chunk_rows(const Tensor& x) { return x.is_cuda() ? CUDA_CHUNK : CPU_CHUNK; }
 
-Tensor unit_rows(const Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
+Tensor contiguous_rows(const Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
 
 template <typename T>
-Stack<T> stack(const Tensor& x) {  // [views, crops, rows, N]
+Matrices<T> matrices(const Tensor& x) {  // [views, crops, rows, N]
   return {x.const_data_ptr<T>(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 template <typename T>
-struct OnDevice {  // the device's three entry points, on the current stream
+struct Kernels {  // of the device, on the current stream
   const Tensor& like;
-  void solve(const AssignArgs<T>& a, const Solved<T>& s) const {
+  void solve(const AssignArgs<T>& a, const Solution<T>& s) const {
 #ifdef GOCA_CUDA
     if (like.is_cuda()) return cuda::solve(a, s, c10::cuda::getCurrentCUDAStream().stream());
 #endif
     cpu::solve(a, s);
   }
-  void log_assignment(const AssignArgs<T>& a, const Solved<T>& s) const {
+  void log_assignment(const AssignArgs<T>& a, const Solution<T>& s) const {
 #ifdef GOCA_CUDA
     if (like.is_cuda()) return cuda::log_assignment(a, s, c10::cuda::getCurrentCUDAStream().stream());
 #endif
@@ -144,7 +145,7 @@ struct OnDevice {  // the device's three entry points, on the current stream
 template <typename T>
 AssignArgs<T> assign_args(const Tensor& scores, PriorViews prior_views, double lambda1, double lambda2,
                           int64_t prior_sign, int64_t iters) {
-  return {scores.size(0), scores.size(1), scores.size(2), scores.size(3), stack<T>(scores), {},
+  return {scores.size(0), scores.size(1), scores.size(2), scores.size(3), matrices<T>(scores), {},
           {prior_views[0], prior_views[1]}, lambda1, lambda2, static_cast<int>(prior_sign), iters};
 }
 
@@ -153,19 +154,19 @@ Tensor assign(const Tensor& scores, const std::optional<Tensor>& log_prior, doub
   check_assign(scores, log_prior, lambda1, lambda2, prior_sign, iters);
   GUARD_DEVICE(scores);
   const int64_t M = scores.size(-2), N = scores.size(-1);
-  const Tensor x = unit_rows(scores.reshape({-1, 1, M, N}));
-  const Tensor prior = log_prior ? unit_rows(log_prior->reshape({-1, 1, M, N})) : Tensor();
+  const Tensor x = contiguous_rows(scores.reshape({-1, 1, M, N}));
+  const Tensor prior = log_prior ? contiguous_rows(log_prior->reshape({-1, 1, M, N})) : Tensor();
   const int64_t B = x.size(0);
   Tensor log_d = at::empty(scores.sizes(), scores.options(), at::MemoryFormat::Contiguous);
-  Tensor rest = at::empty({potentials_size(B, M, N, chunk_of(scores))}, scores.options());
+  Tensor rest = at::empty({potentials_size(B, M, N, chunk_rows(scores))}, scores.options());
   AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "goca::assign", [&] {
     auto a = assign_args<scalar_t>(x, {false, false}, lambda1, lambda2, prior_sign, iters);
-    if (log_prior) a.log_prior = stack<scalar_t>(prior);
-    const auto s = lay_out(log_d.mutable_data_ptr<scalar_t>(), rest.mutable_data_ptr<scalar_t>(), B, M, N,
-                           chunk_of(scores));
-    const OnDevice<scalar_t> device{scores};
-    device.solve(a, s);
-    device.log_assignment(a, s);
+    if (log_prior) a.log_prior = matrices<scalar_t>(prior);
+    const auto s = partition(log_d.mutable_data_ptr<scalar_t>(), rest.mutable_data_ptr<scalar_t>(), B, M, N,
+                           chunk_rows(scores));
+    const Kernels<scalar_t> kernels{scores};
+    kernels.solve(a, s);
+    kernels.log_assignment(a, s);
   });
   return log_d;
 }
@@ -174,17 +175,17 @@ Tensor guided_assign(const Tensor& scores, double lambda1, double lambda2, int64
                      PriorViews prior_views) {
   check_guided_assign(scores, lambda1, lambda2, prior_sign, iters);
   GUARD_DEVICE(scores);
-  const Tensor x = unit_rows(scores);
+  const Tensor x = contiguous_rows(scores);
   const int64_t B = x.size(0) * x.size(1), M = x.size(2), N = x.size(3);
   Tensor log_d = at::empty(scores.sizes(), scores.options(), at::MemoryFormat::Contiguous);
-  Tensor rest = at::empty({potentials_size(B, M, N, chunk_of(scores))}, scores.options());
+  Tensor rest = at::empty({potentials_size(B, M, N, chunk_rows(scores))}, scores.options());
   AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "goca::guided_assign", [&] {
     const auto a = assign_args<scalar_t>(x, prior_views, lambda1, lambda2, prior_sign, iters);
-    const auto s = lay_out(log_d.mutable_data_ptr<scalar_t>(), rest.mutable_data_ptr<scalar_t>(), B, M, N,
-                           chunk_of(scores));
-    const OnDevice<scalar_t> device{scores};
-    device.solve(a, s);
-    device.log_assignment(a, s);
+    const auto s = partition(log_d.mutable_data_ptr<scalar_t>(), rest.mutable_data_ptr<scalar_t>(), B, M, N,
+                           chunk_rows(scores));
+    const Kernels<scalar_t> kernels{scores};
+    kernels.solve(a, s);
+    kernels.log_assignment(a, s);
   });
   return log_d;
 }
@@ -196,13 +197,13 @@ std::tuple<Tensor, Tensor> loss_of(LossArgs<T> a, const Tensor& scores, double t
                                   : at::empty({0}, scores.options());
   Tensor terms = at::empty({scores.size(0) * scores.size(2)}, scores.options().dtype(at::kDouble));
   a.views = scores.size(0), a.crops = scores.size(1), a.m = scores.size(2), a.N = scores.size(3);
-  a.scores = stack<T>(scores);
+  a.scores = matrices<T>(scores);
   a.inverse_temperature = 1 / temperature;
   a.weight = 1 / (static_cast<double>(a.views) * a.m * a.assigning * (a.crops - 1));
   a.loss = loss.mutable_data_ptr<T>();
   a.gradient = with_gradient ? gradient.mutable_data_ptr<T>() : nullptr;
   a.terms = terms.mutable_data_ptr<double>();
-  OnDevice<T>{scores}.swapped_loss(a);
+  Kernels<T>{scores}.swapped_loss(a);
   return {loss, gradient};
 }
 
@@ -210,11 +211,11 @@ std::tuple<Tensor, Tensor> swapped_loss(const Tensor& scores, const Tensor& log_
                                         bool with_gradient) {
   check_swapped_loss(scores, log_targets, temperature);
   GUARD_DEVICE(scores);
-  const Tensor x = unit_rows(scores), targets = unit_rows(log_targets);
+  const Tensor x = contiguous_rows(scores), targets = contiguous_rows(log_targets);
   return AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "goca::swapped_loss", [&] {
     LossArgs<scalar_t> a{};
     a.assigning = targets.size(1);
-    a.log_targets = stack<scalar_t>(targets);
+    a.log_targets = matrices<scalar_t>(targets);
     return loss_of(a, x, temperature, with_gradient);
   });
 }
@@ -224,17 +225,17 @@ std::tuple<Tensor, Tensor> guided_loss(const Tensor& scores, const Tensor& batch
                                        PriorViews prior_views, double temperature, bool with_gradient) {
   check_guided_loss(scores, batch_scores, first_row, lambda1, lambda2, prior_sign, iters, temperature);
   GUARD_DEVICE(scores);
-  const Tensor x = unit_rows(scores), all = unit_rows(batch_scores);
+  const Tensor x = contiguous_rows(scores), all = contiguous_rows(batch_scores);
   const int64_t B = all.size(0) * all.size(1), M = all.size(2), N = all.size(3);
-  Tensor work = at::empty({B * M * N + potentials_size(B, M, N, chunk_of(scores))}, scores.options());
+  Tensor work = at::empty({B * M * N + potentials_size(B, M, N, chunk_rows(scores))}, scores.options());
   return AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "goca::guided_loss", [&] {
     const auto assignment = assign_args<scalar_t>(all, prior_views, lambda1, lambda2, prior_sign, iters);
     scalar_t* E = work.mutable_data_ptr<scalar_t>();
-    const auto s = lay_out(E, E + B * M * N, B, M, N, chunk_of(scores));
-    OnDevice<scalar_t>{scores}.solve(assignment, s);
+    const auto s = partition(E, E + B * M * N, B, M, N, chunk_rows(scores));
+    Kernels<scalar_t>{scores}.solve(assignment, s);
     LossArgs<scalar_t> a{};
     a.assigning = all.size(1);
-    a.solved = s;
+    a.solution = s;
     a.M = M, a.first_row = first_row;
     return loss_of(a, x, temperature, with_gradient);
   });
@@ -276,83 +277,91 @@ std::tuple<Tensor, Tensor> guided_loss_meta(const Tensor& scores, const Tensor& 
 // ---------------------------------------------------------------------------------------------------------------------
 // Autograd: no gradient flows through D, so each loss has one for its scores alone, formed in the forward pass
 // ---------------------------------------------------------------------------------------------------------------------
-variable_list scaled(AutogradContext* ctx, const variable_list& outer, size_t inputs) {
-  variable_list result(inputs);
-  if (!ctx->saved_data["with_gradient"].toBool()) {
-    TORCH_CHECK(false, "this loss was computed with with_gradient=False, so it has no gradient");
+// torch.func and forward mode refuse a Function written in C++; here is what to do instead.
+void check_transforms(const Tensor& scores) {
+  bool refused = scores._fw_grad(/*level=*/0).defined();
+  try {
+    if (const auto& torch_func = at::functorch::functorchTLSAccessor()) torch_func->checkSupportsCppAutogradFunction();
+  } catch (const c10::Error&) {
+    refused = true;
   }
-  const Tensor gradient = ctx->get_saved_variables()[0];
-  // A loss of its own has an outer gradient of 1; on the CPU, where looking costs nothing, the pass over all is saved.
-  const bool look = outer[0].device().is_cpu() && !at::isTensorSubclassLike(outer[0]) && !at::GradMode::is_enabled();
-  result[0] = look && outer[0].item<double>() == 1 ? gradient : gradient * outer[0];
-  return result;
+  TORCH_CHECK(!refused, "the compiled loss can't be differentiated by torch.func (grad, vjp, jvp, hessian ...) or in "
+              "forward mode; call it with impl=\"reference\"");
 }
 
-class SwappedLoss : public torch::autograd::Function<SwappedLoss> {
+// The gradient with its own dependence on the scores, for derivatives of any order: with t fixed (cpu_loss.cpp) it is
+//   (sum(t) softmax(S / tau) - t) weight / tau
+Tensor differentiable(const Tensor& gradient, const Tensor& scores, const Tensor& log_targets, int64_t assigning,
+                      double temperature) {
+  const int64_t G = scores.size(0), V = scores.size(1), m = scores.size(2), A = assigning;
+  const Tensor sums = log_targets.defined() ? log_targets.exp().sum(-1, /*keepdim=*/true)  // [G, A, m, 1]
+                                            : at::ones({G, A, m, 1}, scores.options());    // rows of D sum to 1
+  const Tensor sum_t = sums.sum(1, true) - at::constant_pad_nd(sums, {0, 0, 0, 0, 0, V - A});  // [G, V, m, 1]
+  const Tensor softmax = at::softmax(scores / temperature, -1);
+  const double weight = 1 / static_cast<double>(G * m * A * (V - 1));
+  return gradient + weight / temperature * sum_t * (softmax - softmax.detach());
+}
+
+class Loss : public torch::autograd::Function<Loss> {
  public:
-  static variable_list forward(AutogradContext* ctx, const Tensor& scores, const Tensor& log_targets,
-                               double temperature, bool with_gradient) {
+  template <typename Run>
+  static variable_list forward(AutogradContext* ctx, const Tensor& scores, const Tensor& targets, bool log_targets,
+                               double temperature, const Run& run) {
     at::AutoDispatchBelowADInplaceOrView below;
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("goca::swapped_loss", "")
-                         .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, double, bool)>();
-    auto [loss, gradient] = op.call(scores, log_targets, temperature, with_gradient);
-    ctx->saved_data["with_gradient"] = with_gradient;
-    ctx->save_for_backward({gradient});
+    auto [loss, gradient] = run(/*with_gradient=*/true);
+    ctx->save_for_backward({gradient, scores, log_targets ? targets : Tensor()});
+    ctx->saved_data["assigning"] = targets.sym_size(1);
+    ctx->saved_data["temperature"] = temperature;
     ctx->mark_non_differentiable({gradient});
     return {loss, gradient};
   }
-  static variable_list backward(AutogradContext* ctx, const variable_list& outer) { return scaled(ctx, outer, 4); }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& outer) {
+    const auto saved = ctx->get_saved_variables();
+    Tensor gradient = saved[0];
+    if (at::GradMode::is_enabled()) {
+      gradient = differentiable(gradient, saved[1], saved[2],
+                                ctx->saved_data["assigning"].toSymInt().guard_int(__FILE__, __LINE__),
+                                ctx->saved_data["temperature"].toDouble());
+    } else if (outer[0].device().is_cpu() && !at::isTensorSubclassLike(outer[0]) && outer[0].item<double>() == 1) {
+      return {gradient, {}, {}, {}, {}};  // a loss of its own; on the CPU, where looking costs nothing, a pass is saved
+    }
+    return {gradient * outer[0], {}, {}, {}, {}};
+  }
 };
 
-class GuidedLoss : public torch::autograd::Function<GuidedLoss> {
- public:
-  static variable_list forward(AutogradContext* ctx, const Tensor& scores, const Tensor& batch_scores,
-                               c10::SymInt first_row, double lambda1, double lambda2, int64_t prior_sign,
-                               c10::SymInt iters, PriorViews prior_views, double temperature, bool with_gradient) {
+// run(with_gradient) -> loss, gradient. targets: log D where log_targets, else the scores of the assigning crops.
+template <typename Run>
+std::tuple<Tensor, Tensor> with_autograd(const Tensor& scores, const Tensor& targets, bool log_targets,
+                                         double temperature, bool with_gradient, const Run& run) {
+  check_transforms(scores);
+  if (!at::GradMode::is_enabled() || !scores.requires_grad()) {
     at::AutoDispatchBelowADInplaceOrView below;
-    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("goca::guided_loss", "")
-                         .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, c10::SymInt, double, double,
-                                                           int64_t, c10::SymInt, PriorViews, double, bool)>();
-    auto [loss, gradient] = op.call(scores, batch_scores, first_row, lambda1, lambda2, prior_sign, iters, prior_views,
-                                    temperature, with_gradient);
-    ctx->saved_data["with_gradient"] = with_gradient;
-    ctx->save_for_backward({gradient});
-    ctx->mark_non_differentiable({gradient});
-    return {loss, gradient};
+    return run(with_gradient);
   }
-  static variable_list backward(AutogradContext* ctx, const variable_list& outer) { return scaled(ctx, outer, 10); }
-};
+  const auto out = Loss::apply(scores, targets, log_targets, temperature, run);
+  return {out[0], out[1]};
+}
 
 std::tuple<Tensor, Tensor> swapped_loss_autograd(const Tensor& scores, const Tensor& log_targets, double temperature,
                                                  bool with_gradient) {
-  const auto out = SwappedLoss::apply(scores, log_targets, temperature, with_gradient);
-  return {out[0], out[1]};
+  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("goca::swapped_loss", "")
+                       .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, double, bool)>();
+  return with_autograd(scores, log_targets, true, temperature, with_gradient, [&](bool with_gradient) {
+    return op.call(scores, log_targets, temperature, with_gradient);
+  });
 }
 
 std::tuple<Tensor, Tensor> guided_loss_autograd(const Tensor& scores, const Tensor& batch_scores, c10::SymInt first_row,
                                                 double lambda1, double lambda2, int64_t prior_sign, c10::SymInt iters,
                                                 PriorViews prior_views, double temperature, bool with_gradient) {
-  const auto out = GuidedLoss::apply(scores, batch_scores, first_row, lambda1, lambda2, prior_sign, iters, prior_views,
-                                     temperature, with_gradient);
-  return {out[0], out[1]};
-}
-
-// Assignments carry no gradient.
-Tensor assign_autograd(const Tensor& scores, const std::optional<Tensor>& log_prior, double lambda1, double lambda2,
-                       int64_t prior_sign, c10::SymInt iters) {
-  at::AutoDispatchBelowADInplaceOrView below;
-  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("goca::assign", "")
-                       .typed<Tensor(const Tensor&, const std::optional<Tensor>&, double, double, int64_t,
-                                     c10::SymInt)>();
-  return op.call(scores, log_prior, lambda1, lambda2, prior_sign, iters);
-}
-
-Tensor guided_assign_autograd(const Tensor& scores, double lambda1, double lambda2, int64_t prior_sign,
-                              c10::SymInt iters, PriorViews prior_views) {
-  at::AutoDispatchBelowADInplaceOrView below;
-  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("goca::guided_assign", "")
-                       .typed<Tensor(const Tensor&, double, double, int64_t, c10::SymInt, PriorViews)>();
-  return op.call(scores, lambda1, lambda2, prior_sign, iters, prior_views);
+  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("goca::guided_loss", "")
+                       .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, c10::SymInt, double, double,
+                                                         int64_t, c10::SymInt, PriorViews, double, bool)>();
+  return with_autograd(scores, batch_scores, false, temperature, with_gradient, [&](bool with_gradient) {
+    return op.call(scores, batch_scores, first_row, lambda1, lambda2, prior_sign, iters, prior_views, temperature,
+                   with_gradient);
+  });
 }
 
 }  // namespace
@@ -362,19 +371,19 @@ TORCH_LIBRARY(goca, m) {
         "-> Tensor");
   m.def("guided_assign(Tensor scores, float lambda1, float lambda2, int prior_sign, SymInt iters, bool[2] prior_views) "
         "-> Tensor");
-  m.def("swapped_loss(Tensor scores, Tensor log_targets, float temperature, bool with_gradient) "
+  m.def("swapped_loss(Tensor scores, Tensor log_targets, float temperature, bool with_gradient=False) "
         "-> (Tensor loss, Tensor gradient)");
   m.def("guided_loss(Tensor scores, Tensor batch_scores, SymInt first_row, float lambda1, float lambda2, "
-        "int prior_sign, SymInt iters, bool[2] prior_views, float temperature, bool with_gradient) "
+        "int prior_sign, SymInt iters, bool[2] prior_views, float temperature, bool with_gradient=False) "
         "-> (Tensor loss, Tensor gradient)");
 }
 
-#define REGISTER(key)                         \
-  TORCH_LIBRARY_IMPL(goca, key, m) {          \
-    m.impl("assign", assign);                 \
-    m.impl("guided_assign", guided_assign);   \
-    m.impl("swapped_loss", swapped_loss);     \
-    m.impl("guided_loss", guided_loss);       \
+#define REGISTER(key)                       \
+  TORCH_LIBRARY_IMPL(goca, key, m) {        \
+    m.impl("assign", assign);               \
+    m.impl("guided_assign", guided_assign); \
+    m.impl("swapped_loss", swapped_loss);   \
+    m.impl("guided_loss", guided_loss);     \
   }
 REGISTER(CPU)
 #ifdef GOCA_CUDA
@@ -389,8 +398,8 @@ TORCH_LIBRARY_IMPL(goca, Meta, m) {
 }
 
 TORCH_LIBRARY_IMPL(goca, Autograd, m) {
-  m.impl("assign", assign_autograd);
-  m.impl("guided_assign", guided_assign_autograd);
+  m.impl("assign", torch::CppFunction::makeFallthrough());  // assignments carry no gradient
+  m.impl("guided_assign", torch::CppFunction::makeFallthrough());
   m.impl("swapped_loss", swapped_loss_autograd);
   m.impl("guided_loss", guided_loss_autograd);
 }

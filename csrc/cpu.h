@@ -1,7 +1,7 @@
-// What the CPU's two files share: vectors, exp2, how work is split.
+// What the CPU kernels of the assignment and the loss share: SIMD loops, exp2, when to use another thread.
 //
-// The loops of functions marked CLONES are written for the compiler to vectorise (-fopenmp-simd). Sums over a row run in
-// vector lanes, so machines with other vectors round differently, within the tests' tolerance (1e-5 on D in float32).
+// Functions marked TARGET_CLONES have loops that the compiler vectorises (-fopenmp-simd). Sums over a row run in vector
+// lanes, so machines with other vectors round differently, within the tests' tolerance (1e-5 on D in float32).
 #pragma once
 #include "clones.h"
 #include "goca.h"
@@ -20,13 +20,13 @@
 #define SIMD_MAX(x) PRAGMA(omp simd reduction(max : x))
 
 // One name for float and double: a template does the work, two functions carry the clones.
-#define FOR_BOTH_TYPES(name, Args)                              \
-  CLONES void name(const Args<float>& a) { name##_of(a); }      \
-  CLONES void name(const Args<double>& a) { name##_of(a); }
+#define FOR_BOTH_TYPES(name, Args)                                \
+  TARGET_CLONES void name(const Args<float>& a) { name##_of(a); } \
+  TARGET_CLONES void name(const Args<double>& a) { name##_of(a); }
 
 namespace goca::cpu {
 
-constexpr int64_t WORK = 32768;  // entries below which another thread costs more than it brings
+constexpr int64_t MIN_ENTRIES_PER_THREAD = 32768;  // entries below which another thread costs more than it brings
 
 // exp2(t) for t <= 127: 2^n by its bits, 2^r on |r| <= 1/2 by a minimax polynomial (relative error 2e-9 and 3e-18,
 // below the rounding of float and double). Adding 1.5 * 2^mantissa rounds t to n and leaves n in the low bits. Below
@@ -37,8 +37,8 @@ INLINE float exp2_fast(float t) {
   int32_t bits;
   std::memcpy(&bits, &shifted, 4);
   bits = (bits - 0x4B400000 + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, 4);
+  float scale;
+  std::memcpy(&scale, &bits, 4);
   float y = 0.000153458121587f;
   y = y * r + 0.00133999312095f;
   y = y * r + 0.00961848895652f;
@@ -46,7 +46,7 @@ INLINE float exp2_fast(float t) {
   y = y * r + 0.240226468906f;
   y = y * r + 0.693147205737f;
   y = y * r + 1.f;
-  return y * power;
+  return y * scale;
 }
 
 INLINE double exp2_fast(double t) {
@@ -55,8 +55,8 @@ INLINE double exp2_fast(double t) {
   int64_t bits;
   std::memcpy(&bits, &shifted, 8);
   bits = (bits - 0x4338000000000000LL + 1023) << 52;
-  double power;
-  std::memcpy(&power, &bits, 8);
+  double scale;
+  std::memcpy(&scale, &bits, 8);
   double y = 4.4352809446103361611e-10;
   y = y * r + 7.0741056262456593708e-9;
   y = y * r + 1.0178198033328527662e-7;
@@ -69,22 +69,22 @@ INLINE double exp2_fast(double t) {
   y = y * r + 0.24022650695910156205;
   y = y * r + 0.69314718055994533046;
   y = y * r + 1.;
-  return y * power;
+  return y * scale;
 }
 
 template <typename T>
-INLINE T larger(T a, T b) {
+INLINE T maximum(T a, T b) {
   return a > b ? a : b;
 }
 
 template <typename T>
-INLINE T smaller(T a, T b) {
+INLINE T minimum(T a, T b) {
   return a > b ? b : a;
 }
 
-// Ask for a row before its turn: machines fetch ahead within a page of 4 KB, and a row of 1000 floats is one page.
+// Prefetch a row: the hardware's own prefetching ends at a page of 4 KB, and a row of 1000 floats is one page.
 template <typename T>
-INLINE void fetch(const T* row, int64_t n) {
+INLINE void prefetch(const T* row, int64_t n) {
   for (int64_t j = 0; j < n; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + j);
 }
 

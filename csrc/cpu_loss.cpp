@@ -32,10 +32,10 @@ INLINE void sample_loss_of(const Sample<T>& a) {
     T* d = a.targets + k * N;
     if (a.log_targets) {
       const T* log_d = a.log_targets + k * a.target_stride;
-      SIMD for (int64_t j = 0; j < N; ++j) total[j] += d[j] = exp2_fast(smaller(T(LOG2E) * log_d[j], T(128)));
+      SIMD for (int64_t j = 0; j < N; ++j) total[j] += d[j] = exp2_fast(minimum(T(LOG2E) * log_d[j], T(128)));
     } else {
       const T *E = a.E + k * a.E_stride, *v = a.v + k * a.v_stride, u = a.u[k * a.u_stride];
-      fetch(k + 1 < A ? E + a.E_stride : a.scores, N);
+      prefetch(k + 1 < A ? E + a.E_stride : a.scores, N);
       SIMD for (int64_t j = 0; j < N; ++j) total[j] += d[j] = u * E[j] * v[j];
     }
   }
@@ -55,14 +55,14 @@ INLINE void sample_loss_of(const Sample<T>& a) {
       t = others;
     }
     const T* S = a.scores + crop * a.crop_stride;
-    if (crop + 1 < a.crops) fetch(S + a.crop_stride, N);
+    if (crop + 1 < a.crops) prefetch(S + a.crop_stride, N);
     T top = -std::numeric_limits<T>::infinity();
     const int64_t quarter = N / 4;  // a tree of comparisons waits less for itself than a chain
     SIMD_MAX(top) for (int64_t j = 0; j < quarter; ++j) {
-      const T a0 = larger(S[j], S[quarter + j]), a1 = larger(S[2 * quarter + j], S[3 * quarter + j]);
-      top = larger(larger(a0, a1), top);
+      const T a0 = maximum(S[j], S[quarter + j]), a1 = maximum(S[2 * quarter + j], S[3 * quarter + j]);
+      top = maximum(maximum(a0, a1), top);
     }
-    for (int64_t j = 4 * quarter; j < N; ++j) top = larger(S[j], top);
+    for (int64_t j = 4 * quarter; j < N; ++j) top = maximum(S[j], top);
     T sum = 0, mass = 0, distance = 0;  // distance: <t, max - S>
     T* g = a.gradient ? a.gradient + crop * a.gradient_stride : nullptr;
     if (g) {
@@ -93,7 +93,7 @@ FOR_BOTH_TYPES(sample_loss, Sample)
 template <typename T>
 void swapped_loss(const LossArgs<T>& a) {
   const int64_t A = a.assigning, N = a.N;
-  const int64_t grain = std::max<int64_t>(1, WORK / (a.crops * N));
+  const int64_t grain = std::max<int64_t>(1, MIN_ENTRIES_PER_THREAD / (a.crops * N));
   at::parallel_for(0, a.views * a.m, grain, [&](int64_t begin, int64_t end) {
     std::vector<T> scratch((A + 2) * N);
     T* rows = scratch.data();
@@ -107,7 +107,7 @@ void swapped_loss(const LossArgs<T>& a) {
         x.target_stride = a.log_targets.crop;
       } else {
         const int64_t b = view * A, row = b * a.M + a.first_row + i;
-        x.E = a.solved.E + row * N, x.u = a.solved.u + row, x.v = a.solved.v + b * N;
+        x.E = a.solution.E + row * N, x.u = a.solution.u + row, x.v = a.solution.v + b * N;
         x.E_stride = a.M * N, x.u_stride = a.M, x.v_stride = N;
       }
       x.inverse_temperature = T(a.inverse_temperature), x.weight = T(a.weight);

@@ -11,9 +11,9 @@
 namespace goca::cuda {
 namespace {
 
-constexpr int THREADS = 256, WARP = 32, WARPS = THREADS / WARP;
-constexpr int64_t MOST_BLOCKS = 1 << 20;  // a launch takes more by strides
-constexpr unsigned ALL_LANES = 0xffffffff;
+constexpr int THREADS = 256, WARP_SIZE = 32, WARPS_PER_BLOCK = THREADS / WARP_SIZE;
+constexpr int64_t MAX_BLOCKS = 1 << 20;  // of a launch; its blocks stride over more
+constexpr unsigned FULL_WARP_MASK = 0xffffffff;
 
 #ifndef GOCA_EMULATED
 template <typename T>
@@ -23,23 +23,23 @@ __device__ T* shared_memory() {
 }
 #endif
 
-__device__ inline float power(float t) { return exp2f(t); }
-__device__ inline double power(double t) { return exp2(t); }
+__device__ inline float exp2(float t) { return exp2f(t); }
+__device__ inline double exp2(double t) { return ::exp2(t); }
 
 template <typename T>
-__device__ T larger(T a, T b) {
+__device__ T maximum(T a, T b) {
   return a > b ? a : b;
 }
 
 template <typename T>
 __device__ T warp_sum(T x) {
-  for (int offset = WARP / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(ALL_LANES, x, offset);
+  for (int offset = WARP_SIZE / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(FULL_WARP_MASK, x, offset);
   return x;
 }
 
 template <typename T>
 __device__ T warp_max(T x) {
-  for (int offset = WARP / 2; offset > 0; offset /= 2) x = larger(__shfl_xor_sync(ALL_LANES, x, offset), x);
+  for (int offset = WARP_SIZE / 2; offset > 0; offset /= 2) x = maximum(__shfl_xor_sync(FULL_WARP_MASK, x, offset), x);
   return x;
 }
 
@@ -51,7 +51,7 @@ template <typename... Args>
 void launch(const char* name, void (*kernel)(Args...), bool cooperative, int64_t blocks, int threads, size_t shared,
             cudaStream_t stream, Args... args) {
   void* pointers[] = {&args...};
-  const dim3 grid(static_cast<unsigned>(std::min(blocks, MOST_BLOCKS))), block(static_cast<unsigned>(threads));
+  const dim3 grid(static_cast<unsigned>(std::min(blocks, MAX_BLOCKS))), block(static_cast<unsigned>(threads));
   check(cooperative ? cudaLaunchCooperativeKernel(kernel, grid, block, pointers, shared, stream)
                     : cudaLaunchKernel(kernel, grid, block, pointers, shared, stream),
         name);

@@ -20,9 +20,9 @@ namespace goca::cuda {
 namespace {
 
 constexpr size_t PHASE_SHARED = THREADS * sizeof(double);
-constexpr int MOST_DEVICES = 64;
+constexpr int MAX_DEVICES = 64;
 
-static_assert(WARPS == CUDA_CHUNK, "in a sweep each warp owns one row of the chunk");
+static_assert(WARPS_PER_BLOCK == CUDA_CHUNK, "in a sweep each warp owns one row of the chunk");
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Assignment: the phases
@@ -58,7 +58,7 @@ __device__ Column<T> column_of(const Problems<T>& g, int64_t b, int64_t j) {
 
 // x_ij - c_j: the exponent of E before a row is rebuilt
 template <typename T>
-__device__ T below(const Pass<T>& pass, const Row<T>& row, int64_t j, T f, const Column<T>& c) {
+__device__ T shifted_exponent(const Pass<T>& pass, const Row<T>& row, int64_t j, T f, const Column<T>& c) {
   return exponent(pass, row, j, f - c.early) - c.late;
 }
 
@@ -78,7 +78,7 @@ __device__ void column_max(const Problems<T>& g, const Pass<T>& pass) {
       T top = -INFINITY;
       for (int k = 0; k < rows; ++k) {
         const Row<T> row = row_of(g, pass, b, first + k);
-        top = larger(exponent(pass, row, j, *row.f), top);
+        top = maximum(exponent(pass, row, j, *row.f), top);
       }
       g.s.partial[item * g.a.N + j] = top;
     }
@@ -96,7 +96,7 @@ __device__ void exponentiate(const Problems<T>& g, const Pass<T>& pass) {
       T sum = 0;
       for (int k = 0; k < rows; ++k) {
         const Row<T> row = row_of(g, pass, b, first + k);
-        const T e = power(below(pass, row, j, *row.f, c));
+        const T e = exp2(shifted_exponent(pass, row, j, *row.f, c));
         row.E[j] = e;
         sum += e;
       }
@@ -109,22 +109,27 @@ __device__ void exponentiate(const Problems<T>& g, const Pass<T>& pass) {
 // Over all chunks: c_j = max partial_j, or v_j = 1 / sum partial_j. Warps take chunks in turn, lanes columns.
 template <bool MAX, typename T>
 __device__ void combine(const Problems<T>& g, const Pass<T>& pass) {
-  double* parts = shared_memory<double>();  // [WARPS, WARP]
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  double* parts = shared_memory<double>();  // [WARPS_PER_BLOCK, WARP_SIZE]
+  const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
   const int64_t N = g.a.N, first = pass.first * N, last = pass.last * N;
-  for (int64_t group = blockIdx.x; first + group * WARP < last; group += gridDim.x) {
-    const int64_t bj = first + group * WARP + lane;
+  for (int64_t group = blockIdx.x; first + group * WARP_SIZE < last; group += gridDim.x) {
+    const int64_t bj = first + group * WARP_SIZE + lane;
     double x = MAX ? -INFINITY : 0;
     if (bj < last) {
       const T* column = g.s.partial + bj / N * g.s.chunks * N + bj % N;
-      for (int64_t k = warp; k < g.s.chunks; k += WARPS) x = MAX ? larger(double(column[k * N]), x) : x + column[k * N];
+      for (int64_t k = warp; k < g.s.chunks; k += WARPS_PER_BLOCK) {
+        x = MAX ? maximum(double(column[k * N]), x) : x + column[k * N];
+      }
     }
     parts[threadIdx.x] = x;
     __syncthreads();
     if (warp == 0 && bj < last) {
-      for (int k = 1; k < WARPS; ++k) x = MAX ? larger(parts[k * WARP + lane], x) : x + parts[k * WARP + lane];
+      for (int k = 1; k < WARPS_PER_BLOCK; ++k) {
+        const double part = parts[k * WARP_SIZE + lane];
+        x = MAX ? maximum(part, x) : x + part;
+      }
       if (MAX) {
-        const bool early = fabs(x) < LARGEST_EARLY<T>;
+        const bool early = fabs(x) < EARLY_LIMIT<T>;
         g.s.c[bj] = early ? T(x) : T(0);
         g.s.late[bj] = early ? T(0) : T(x);
       } else {
@@ -140,7 +145,7 @@ __device__ void combine(const Problems<T>& g, const Pass<T>& pass) {
 template <typename T>
 __device__ void sweep(const Problems<T>& g, const Pass<T>& pass, bool complete) {
   T* u = shared_memory<T>();  // [CUDA_CHUNK]
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
   const int64_t N = g.a.N;
   for (int64_t item = pass.first * g.s.chunks + blockIdx.x; item < pass.last * g.s.chunks; item += gridDim.x) {
     const int64_t b = item / g.s.chunks, first = item % g.s.chunks * CUDA_CHUNK;
@@ -150,15 +155,17 @@ __device__ void sweep(const Problems<T>& g, const Pass<T>& pass, bool complete) 
       const Row<T> row = row_of(g, pass, b, first + warp);
       const T f = *row.f;
       T sum = 0;
-      for (int64_t j = lane; j < N; j += WARP) sum += row.E[j] * v[j];
+      for (int64_t j = lane; j < N; j += WARP_SIZE) sum += row.E[j] * v[j];
       sum = warp_sum(sum);
-      if (sum < T(REBUILD)) {
+      if (sum < T(REBUILD_BELOW)) {
         T top = -INFINITY;
-        for (int64_t j = lane; j < N; j += WARP) top = larger(below(pass, row, j, f, column_of(g, b, j)), top);
+        for (int64_t j = lane; j < N; j += WARP_SIZE) {
+          top = maximum(shifted_exponent(pass, row, j, f, column_of(g, b, j)), top);
+        }
         top = warp_max(top);
         sum = 0;
-        for (int64_t j = lane; j < N; j += WARP) {
-          const T e = power(below(pass, row, j, f, column_of(g, b, j)) - top);
+        for (int64_t j = lane; j < N; j += WARP_SIZE) {
+          const T e = exp2(shifted_exponent(pass, row, j, f, column_of(g, b, j)) - top);
           row.E[j] = e;
           sum += e * v[j];
         }
@@ -184,7 +191,7 @@ __device__ void sweep(const Problems<T>& g, const Pass<T>& pass, bool complete) 
 template <typename T>
 __device__ void start_from_prior(const Problems<T>& g, const Pass<T>& pass) {
   const int64_t half = g.a.crops * g.a.M;
-  const Solved<T>& s = g.s;
+  const Solution<T>& s = g.s;
   for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < half; i += int64_t(gridDim.x) * THREADS) {
     const T of_rgb = g.a.prior_views[1] ? row_potential(s.f[i], s.u[i], s.g[i]) : T(0);
     if (g.a.prior_views[0]) s.f[i] = pass.r * row_potential(s.f[half + i], s.u[half + i], s.g[half + i]);
@@ -203,7 +210,7 @@ __device__ void take_log(const Problems<T>& g, const Pass<T>& pass) {
       const T v = log2(g.s.v[b * g.a.N + j]);
       for (int k = 0; k < rows; ++k) {
         const Row<T> row = row_of(g, pass, b, first + k);
-        row.E[j] = T(LN2) * ((below(pass, row, j, *row.f, c) - *row.g) + (log2(*row.u) + v));
+        row.E[j] = T(LN2) * ((shifted_exponent(pass, row, j, *row.f, c) - *row.g) + (log2(*row.u) + v));
       }
     }
   }
@@ -238,18 +245,18 @@ struct Passes {
 // Calls run(phase, pass) for a whole assignment; s.f must be zero. (The pragma: run belongs to the host or the device.)
 #pragma nv_exec_check_disable
 template <typename T, typename Run>
-BOTH void each_phase(const AssignArgs<T>& a, const Passes<T>& passes, const Run& run) {
+HOST_DEVICE void each_phase(const AssignArgs<T>& a, const Passes<T>& passes, const Run& run) {
   for (int k = a.guided() ? 0 : 1; k < 2; ++k) {
     const Pass<T>& pass = passes.of[k];
     if (a.guided() && k == 1) run(Phase::start_from_prior, pass);
     for (int64_t round = 0; round < a.iters; ++round) {
-      if (round % GROUP == 0) {
+      if (round % ROUNDS_PER_GROUP == 0) {
         run(Phase::column_max, pass);
         run(Phase::combine_max, pass);
         run(Phase::exponentiate, pass);
       }
       run(Phase::combine_sum, pass);  // prototypes
-      const bool complete = round % GROUP == GROUP - 1 && round < a.iters - 1;
+      const bool complete = round % ROUNDS_PER_GROUP == ROUNDS_PER_GROUP - 1 && round < a.iters - 1;
       run(complete ? Phase::sweep_and_complete : Phase::sweep, pass);  // samples
     }
   }
@@ -279,46 +286,46 @@ __global__ void __launch_bounds__(THREADS) one_phase(Phase phase, const __grid_c
 // ---------------------------------------------------------------------------------------------------------------------
 // Host side
 // ---------------------------------------------------------------------------------------------------------------------
-struct Card {
-  std::atomic<int64_t> l2_bytes{0}, blocks{0};  // blocks that run at once: the most a barrier across the grid allows
+struct Gpu {
+  std::atomic<int64_t> l2_bytes{0}, blocks{0};  // blocks: that run at once, the most a barrier across the grid allows
 };
 
-// Asked once a device and type: the answers never change.
+// Queried once for each device and type.
 template <typename T>
-const Card& card() {
-  static Card cards[MOST_DEVICES];
+const Gpu& gpu() {
+  static Gpu gpus[MAX_DEVICES];
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  Card& card = cards[device % MOST_DEVICES];
-  if (card.l2_bytes.load() == 0) {
+  Gpu& gpu = gpus[device % MAX_DEVICES];
+  if (gpu.l2_bytes.load() == 0) {
     int l2 = 0, processors = 0, each = 0, cooperative = 0;
     check(cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device), "L2 size");
     check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
     check(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device), "cooperative launch");
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, one_launch<T>, THREADS, PHASE_SHARED), "occupancy");
-    card.blocks = cooperative ? int64_t(each) * processors : 0;
-    card.l2_bytes = std::max(l2, 1);
+    gpu.blocks = cooperative ? int64_t(each) * processors : 0;
+    gpu.l2_bytes = std::max(l2, 1);
   }
-  return card;
+  return gpu;
 }
 
 template <typename T>
 int64_t items(const Pass<T>& pass, const Problems<T>& g) {  // the most that a phase has, a block each
   const int64_t problems = pass.last - pass.first;
-  return std::max(problems * g.s.chunks, (problems * g.a.N + WARP - 1) / WARP);
+  return std::max(problems * g.s.chunks, (problems * g.a.N + WARP_SIZE - 1) / WARP_SIZE);
 }
 
 }  // namespace
 
 template <typename T>
-void solve(const AssignArgs<T>& a, const Solved<T>& s, cudaStream_t stream) {
+void solve(const AssignArgs<T>& a, const Solution<T>& s, cudaStream_t stream) {
   const int64_t B = a.views * a.crops, bytes = 2 * B * a.M * a.N * int64_t(sizeof(T));  // E and the scores
   check(cudaMemsetAsync(s.f, 0, B * a.M * sizeof(T), stream), "clearing f");
-  const Card& here = card<T>();
+  const Gpu& device = gpu<T>();
   const Problems<T> g{a, s};
   const Passes<T> passes{prior_pass(a), final_pass(a)};
-  if (here.blocks > 0 && bytes <= here.l2_bytes) {
-    const int64_t blocks = std::min(std::max(items(passes.of[0], g), items(passes.of[1], g)), here.blocks.load());
+  if (device.blocks > 0 && bytes <= device.l2_bytes) {
+    const int64_t blocks = std::min(std::max(items(passes.of[0], g), items(passes.of[1], g)), device.blocks.load());
     launch("one_launch", one_launch<T>, true, blocks, THREADS, PHASE_SHARED, stream, g, passes);
   } else {
     each_phase(a, passes, [&](Phase phase, const Pass<T>& pass) {
@@ -328,7 +335,7 @@ void solve(const AssignArgs<T>& a, const Solved<T>& s, cudaStream_t stream) {
 }
 
 template <typename T>
-void log_assignment(const AssignArgs<T>& a, const Solved<T>& s, cudaStream_t stream) {
+void log_assignment(const AssignArgs<T>& a, const Solution<T>& s, cudaStream_t stream) {
   const Problems<T> g{a, s};
   const auto of_pass = [&](const Pass<T>& pass) {
     launch("take_log", one_phase<T>, false, items(pass, g), THREADS, PHASE_SHARED, stream, Phase::take_log, g, pass);
@@ -337,9 +344,9 @@ void log_assignment(const AssignArgs<T>& a, const Solved<T>& s, cudaStream_t str
   if (a.one_leads()) of_pass(prior_pass(a));
 }
 
-#define INSTANTIATE(T)                                                          \
-  template void solve<T>(const AssignArgs<T>&, const Solved<T>&, cudaStream_t); \
-  template void log_assignment<T>(const AssignArgs<T>&, const Solved<T>&, cudaStream_t);
+#define INSTANTIATE(T)                                                            \
+  template void solve<T>(const AssignArgs<T>&, const Solution<T>&, cudaStream_t); \
+  template void log_assignment<T>(const AssignArgs<T>&, const Solution<T>&, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

@@ -9,17 +9,17 @@
 namespace goca::cuda {
 namespace {
 
-constexpr size_t TARGETS_IN_SHARED = 48 << 10;  // bytes that every card grants a block
+constexpr size_t MAX_SHARED_BYTES = 48 << 10;  // bytes that every gpu grants a block
 
 // D_j of assigning crop k for sample i of a view
 template <typename T>
 __device__ T target(const LossArgs<T>& a, int64_t view, int64_t k, int64_t i, int64_t j) {
   if (a.log_targets.data) {
-    const Stack<T>& t = a.log_targets;
-    return power(T(LOG2E) * t.data[view * t.view + k * t.crop + i * t.row + j]);
+    const Matrices<T>& t = a.log_targets;
+    return exp2(T(LOG2E) * t.data[view * t.view + k * t.crop + i * t.row + j]);
   }
   const int64_t b = view * a.assigning + k, row = b * a.M + a.first_row + i;
-  return a.solved.u[row] * a.solved.E[row * a.N + j] * a.solved.v[b * a.N + j];
+  return a.solution.u[row] * a.solution.E[row * a.N + j] * a.solution.v[b * a.N + j];
 }
 
 // As in cpu_loss.cpp: with t = sum of D over the assigning crops but this one,
@@ -28,7 +28,7 @@ template <typename T>
 __global__ void __launch_bounds__(THREADS) sample_loss(LossArgs<T> a, bool in_shared) {
   double* crop_terms = shared_memory<double>();             // [crops]
   T* targets = reinterpret_cast<T*>(crop_terms + a.crops);  // [assigning, N] if in_shared
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+  const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE, warps = blockDim.x / WARP_SIZE;
   const int64_t N = a.N, A = a.assigning;
   const T scale = T(LOG2E * a.inverse_temperature), gradient_scale = T(a.weight * a.inverse_temperature);
   for (int64_t item = blockIdx.x; item < a.views * a.m; item += gridDim.x) {
@@ -49,11 +49,11 @@ __global__ void __launch_bounds__(THREADS) sample_loss(LossArgs<T> a, bool in_sh
         return t;
       };
       T top = -INFINITY, sum = 0, mass = 0, distance = 0;  // distance: <t, max - S>
-      for (int64_t j = lane; j < N; j += WARP) top = larger(S[j], top);
+      for (int64_t j = lane; j < N; j += WARP_SIZE) top = maximum(S[j], top);
       top = warp_max(top);
-      for (int64_t j = lane; j < N; j += WARP) {
+      for (int64_t j = lane; j < N; j += WARP_SIZE) {
         const T below = S[j] - top, t = t_of(j);
-        sum += power(scale * below);
+        sum += exp2(scale * below);
         mass += t;
         distance -= t * below;
       }
@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(THREADS) sample_loss(LossArgs<T> a, bool in_sh
       if (a.gradient) {
         T* g = a.gradient + ((view * a.crops + crop) * a.m + i) * N;
         const T softmax = gradient_scale * mass / sum;
-        for (int64_t j = lane; j < N; j += WARP) {
-          g[j] = softmax * power(scale * (S[j] - top)) - gradient_scale * t_of(j);
+        for (int64_t j = lane; j < N; j += WARP_SIZE) {
+          g[j] = softmax * exp2(scale * (S[j] - top)) - gradient_scale * t_of(j);
         }
       }
       if (lane == 0) crop_terms[crop] = double(mass) * log(double(sum)) + double(distance) * a.inverse_temperature;
@@ -96,8 +96,8 @@ __global__ void __launch_bounds__(THREADS) total_loss(LossArgs<T> a) {
 template <typename T>
 void swapped_loss(const LossArgs<T>& a, cudaStream_t stream) {
   const size_t terms = a.crops * sizeof(double), targets = a.assigning * a.N * sizeof(T);
-  const bool in_shared = terms + targets <= TARGETS_IN_SHARED;
-  const int threads = WARP * static_cast<int>(std::min<int64_t>(a.crops, WARPS));
+  const bool in_shared = terms + targets <= MAX_SHARED_BYTES;
+  const int threads = WARP_SIZE * static_cast<int>(std::min<int64_t>(a.crops, WARPS_PER_BLOCK));
   const size_t shared = terms + (in_shared ? targets : 0);
   launch("sample_loss", sample_loss<T>, false, a.views * a.m, threads, shared, stream, a, in_shared);
   launch("total_loss", total_loss<T>, false, 1, THREADS, THREADS * sizeof(double), stream, a);

@@ -7,7 +7,8 @@
 // row behind the other, on rows still in the second-level cache, gain nothing (tried with 2, 4 and 8): what they did
 // after the stop test has to be undone and repeated.
 //
-// Each pixel's operations are the same with any vectors (clones.h). The sum of the stop test is in double, where its order decides nothing.
+// Each pixel's operations are the same with any vectors (clones.h). The sum of the stop test is in double, where its
+// order decides nothing.
 //
 // Rows are padded to whole vectors. What lies in the padding stays zero: no gradient, no data term, p cut off at w-1.
 //
@@ -82,7 +83,7 @@ INLINE float divergence(float px, float px_left, float py, float py_above, bool 
 }
 
 // v = u + TH(u), u = v + theta div p -> the squared change, summed over the row
-CLONES double primal_row(const PrimalRow& r, int64_t n, const Weights& w) {
+TARGET_CLONES double primal_row(const PrimalRow& r, int64_t n, const Weights& w) {
   float *u = r.u, *v = r.v;
   const float *pxu = r.pxu, *pxv = r.pxv, *pyu = r.pyu, *pyv = r.pyv, *pyu_above = r.pyu_above,
               *pyv_above = r.pyv_above, *Ix = r.Ix, *Iy = r.Iy, *grad = r.grad, *rho0 = r.rho;
@@ -117,7 +118,7 @@ INLINE float quotient(float a, float b, float inverse) {
 }
 
 // p = (p + tau/theta grad u) / (1 + tau/theta |grad u|). |.| as hypotf rounds it: once.
-CLONES void dual_row(const DualRow& r, int64_t n, int64_t last, const Weights& w) {
+TARGET_CLONES void dual_row(const DualRow& r, int64_t n, int64_t last, const Weights& w) {
   const float *u = r.u, *u_below = r.u_below;
   float *px = r.px, *py = r.py;
   const float dual = w.dual;
@@ -187,7 +188,7 @@ INLINE void exchange_all(Eight* e, std::index_sequence<I...>) {
   (exchange(e[PAIRS[I].low], e[PAIRS[I].high]), ...);
 }
 
-CLONES void sort_columns(const float* const rows[5], float* sorted, int64_t stride, int64_t n) {
+TARGET_CLONES void sort_columns(const float* const rows[5], float* sorted, int64_t stride, int64_t n) {
   for (int64_t x = 0; x < n; x += 8) {
     Eight column[5];
     for (int k = 0; k < 5; ++k) column[k] = load(rows[k] + x);
@@ -196,7 +197,7 @@ CLONES void sort_columns(const float* const rows[5], float* sorted, int64_t stri
   }
 }
 
-CLONES void median_row(const float* sorted, int64_t stride, float* to, int64_t n) {
+TARGET_CLONES void median_row(const float* sorted, int64_t stride, float* to, int64_t n) {
   for (int64_t x = 0; x < n; x += 8) {
     Eight e[25];
     for (int k = 0; k < 25; ++k) e[k] = load(sorted + k / 5 * stride + x + k % 5 - 2);
@@ -246,8 +247,8 @@ struct Axis {  // sample d of an axis: a lerp of i[d] and j[d]
 
 INLINE float lerp(float a, float b, float weight) { return std::fma(b - a, weight, a); }
 
-CLONES void resize(const float* from, int64_t from_stride, const Axis& ys, const Axis& xs, float factor, float* to,
-                   int64_t to_stride) {
+TARGET_CLONES void resize(const float* from, int64_t from_stride, const Axis& ys, const Axis& xs, float factor,
+                          float* to, int64_t to_stride) {
   for (size_t y = 0; y < ys.i.size(); ++y) {
     const float *a = from + ys.i[y] * from_stride, *b = from + ys.j[y] * from_stride;
     for (size_t x = 0; x < xs.i.size(); ++x) {
@@ -263,7 +264,7 @@ std::vector<Image> pyramid(Image image, const Params& p) {
   while (int64_t(levels.size()) < p.scales) {
     const Image& fine = levels.back();
     Image coarse(std::llrint(double(fine.h) * p.scale_step), std::llrint(double(fine.w) * p.scale_step));
-    if (std::min(coarse.h, coarse.w) < SMALLEST) break;
+    if (std::min(coarse.h, coarse.w) < MIN_SIDE) break;
     const double scale = 1 / p.scale_step;
     resize(fine.pixels.data(), fine.w, Axis(fine.h, coarse.h, scale), Axis(fine.w, coarse.w, scale), 1.f,
            coarse.pixels.data(), coarse.w);
@@ -275,11 +276,11 @@ std::vector<Image> pyramid(Image image, const Params& p) {
 // An image and its central differences, side by side so that a tap of the warp is one load, in a frame of zeros.
 struct Textures {
   int64_t h, w;
-  std::vector<float> pixels;  // [h + 2 FRAME, w + 2 FRAME, 4]
-  int64_t stride() const { return 4 * (w + 2 * FRAME); }
-  const float* at(int64_t y, int64_t x) const { return pixels.data() + (y + FRAME) * stride() + 4 * (x + FRAME); }
+  std::vector<float> pixels;  // [h + 2 BORDER, w + 2 BORDER, 4]
+  int64_t stride() const { return 4 * (w + 2 * BORDER); }
+  const float* at(int64_t y, int64_t x) const { return pixels.data() + (y + BORDER) * stride() + 4 * (x + BORDER); }
 
-  explicit Textures(const Image& I) : h(I.h), w(I.w), pixels((h + 2 * FRAME) * stride()) {
+  explicit Textures(const Image& I) : h(I.h), w(I.w), pixels((h + 2 * BORDER) * stride()) {
     for (int64_t y = 0; y < h; ++y) {
       const float* row = I.pixels.data() + y * w;
       const float *above = y > 0 ? row - w : row, *below = y < h - 1 ? row + w : row;
@@ -301,14 +302,14 @@ INLINE void cubic(float t, float* weights) {  // Keys' kernel with A = -3/4
   weights[2] = 1 - weights[0] - weights[1] - weights[3];
 }
 
-INLINE float between(float x, float low, float high) { return x > low ? x < high ? x : high : low; }  // NaN: low
+INLINE float clamp(float x, float low, float high) { return x > low ? x < high ? x : high : low; }  // NaN: low
 
 // I1(x + u), its gradient, and what doesn't change until the next warp: |grad|^2 and the constant part of rho.
-CLONES void warp_row(const Textures& I1, const float* I0, const float* u, const float* v, int64_t y, float* Ix,
+TARGET_CLONES void warp_row(const Textures& I1, const float* I0, const float* u, const float* v, int64_t y, float* Ix,
                      float* Iy, float* grad, float* rho) {
   for (int64_t x = 0; x < I1.w; ++x) {
-    const float X = between(float(x) + u[x], -3.f, float(I1.w + 1));
-    const float Y = between(float(y) + v[x], -3.f, float(I1.h + 1));
+    const float X = clamp(float(x) + u[x], -3.f, float(I1.w + 1));
+    const float Y = clamp(float(y) + v[x], -3.f, float(I1.h + 1));
     const float left = std::floor(X), top = std::floor(Y);
     float wx[4], wy[4], sum[4], row[4];
     cubic(X - left, wx);

@@ -2,10 +2,10 @@
 // kernels: tvl1_kernels.cuh.
 //
 // A batch of pairs goes through the pyramid together. Pairs end on the device, after few iterations of a warp or after
-// all that are allowed. Every CHECK iterations the host learns which go on, without the device waiting for
+// all that are allowed. Every POLL_INTERVAL iterations the host learns which go on, without the device waiting for
 // it, and launches blocks for these alone.
 //
-// Runs repeat bit for bit, whatever the batch. Never run on a GPU so far: checked by tests/test_tvl1_cuda_on_cpu.py,
+// Runs repeat bit for bit, whatever the batch. Never run on a GPU so far: checked by tests/cuda_on_cpu/test_tvl1_cuda_on_cpu.py,
 // which runs these files without one; speed unknown.
 #include "tvl1_cuda.h"
 
@@ -22,7 +22,8 @@
 namespace goca::tvl1::cuda {
 namespace {
 
-constexpr int64_t CHECK = 10, MOST_PIXELS = 1 << 28;  // the latter so that 4 planes of a pair have indices of 32 bits
+constexpr int64_t POLL_INTERVAL = 10;      // iterations
+constexpr int64_t MAX_PIXELS = 1 << 28;  // so that 4 planes of a pair have indices of 32 bits
 
 void check(cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(std::string("TV-L1 on CUDA: ") + cudaGetErrorString(status));
@@ -41,7 +42,7 @@ void launch(void (*kernel)(Args...), const Level& l, int64_t planes, size_t shar
 }
 
 // The levels, fine to coarse, in one piece of memory (null: sizes alone) -> its end, in bytes from its start.
-size_t lay_out(const Args& a, int64_t pairs, char* memory, std::vector<Level>& levels) {
+size_t plan_memory(const Args& a, int64_t pairs, char* memory, std::vector<Level>& levels) {
   size_t used = 0;
   const auto take = [&](auto*& pointer, int64_t count) {
     pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory + used);
@@ -49,7 +50,7 @@ size_t lay_out(const Args& a, int64_t pairs, char* memory, std::vector<Level>& l
   };
   const Params& p = a.params;
   int64_t h = a.h, w = a.w;
-  for (int64_t s = 0; s < p.scales && (s == 0 || std::min(h, w) >= SMALLEST); ++s) {
+  for (int64_t s = 0; s < p.scales && (s == 0 || std::min(h, w) >= MIN_SIDE); ++s) {
     Level l{};
     l.pairs = pairs, l.h = int(h), l.w = int(w);
     l.tiles_x = (l.w + TILE_W - 1) / TILE_W, l.tiles_y = (l.h + TILE_H - 1) / TILE_H;
@@ -61,7 +62,7 @@ size_t lay_out(const Args& a, int64_t pairs, char* memory, std::vector<Level>& l
       for (float*& u : l.u) take(u, 2 * pairs * h * w);
       for (float*& q : l.p) take(q, 4 * pairs * h * w);
       take(l.data, 3 * pairs * h * w);
-      take(l.textures, 4 * pairs * (h + 2 * FRAME) * (w + 2 * FRAME));
+      take(l.textures, 4 * pairs * (h + 2 * BORDER) * (w + 2 * BORDER));
       take(l.change, pairs * l.tiles());
       take(l.control, pairs);
     } else {
@@ -75,39 +76,39 @@ size_t lay_out(const Args& a, int64_t pairs, char* memory, std::vector<Level>& l
   return used;
 }
 
-// What the host knows of the pairs that go on. It looks at what was copied a CHECK of iterations ago, while the device
-// works on those launched since: a pair that ended meanwhile costs blocks that return at once.
-class Going {
+// The pairs that still iterate, as far as the host knows. It polls what was copied POLL_INTERVAL iterations ago, while
+// the device works on those launched since: a pair that ended meanwhile costs blocks that return at once.
+class ActivePairs {
  public:
-  Going(int64_t pairs, Control* pinned, cudaStream_t stream) : pairs_(pairs), pinned_(pinned), stream_(stream) {
+  ActivePairs(int64_t pairs, Control* pinned, cudaStream_t stream) : pairs_(pairs), pinned_(pinned), stream_(stream) {
     for (cudaEvent_t& event : copied_) check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   }
-  ~Going() {
+  ~ActivePairs() {
     for (cudaEvent_t event : copied_) cudaEventSynchronize(event), cudaEventDestroy(event);
   }
-  Going(const Going&) = delete;
+  ActivePairs(const ActivePairs&) = delete;
 
-  void all() {
+  void reset() {
     count = pairs_;
-    looks_ = 0;
+    polls_ = 0;
     for (int64_t k = 0; k < pairs_; ++k) pairs.at[k] = uint8_t(k);
   }
 
-  void look(const Control* control) {
-    const int64_t now = looks_++ % 2;
+  void poll(const Control* control) {
+    const int64_t now = polls_++ % 2;
     check(cudaMemcpyAsync(pinned_ + now * pairs_, control, pairs_ * sizeof(Control), cudaMemcpyDeviceToHost, stream_));
     check(cudaEventRecord(copied_[now], stream_));
-    if (looks_ == 1) return;
+    if (polls_ == 1) return;
     check(cudaEventSynchronize(copied_[1 - now]));
     const Control* before = pinned_ + (1 - now) * pairs_;
-    count = std::remove_if(pairs.at, pairs.at + count, [&](uint8_t k) { return !before[k].going; }) - pairs.at;
+    count = std::remove_if(pairs.at, pairs.at + count, [&](uint8_t k) { return !before[k].active; }) - pairs.at;
   }
 
   Pairs pairs{};
   int64_t count = 0;
 
  private:
-  int64_t pairs_, looks_ = 0;
+  int64_t pairs_, polls_ = 0;
   Control* pinned_;
   cudaStream_t stream_;
   cudaEvent_t copied_[2];
@@ -117,15 +118,15 @@ class Going {
 
 size_t workspace_bytes(const Args& a, int64_t pairs) {
   std::vector<Level> levels;
-  return lay_out(a, pairs, nullptr, levels);
+  return plan_memory(a, pairs, nullptr, levels);
 }
 
 void flow(const Args& a, int64_t first, int64_t pairs, void* workspace, Control* pinned, cudaStream_t stream) {
-  if (a.h * a.w > MOST_PIXELS) throw std::runtime_error("TV-L1 on CUDA: frames of more than 2^28 pixels");
+  if (a.h * a.w > MAX_PIXELS) throw std::runtime_error("TV-L1 on CUDA: frames of more than 2^28 pixels");
   const Params& p = a.params;
   std::vector<Level> levels;
-  lay_out(a, pairs, static_cast<char*>(workspace), levels);
-  Going going(pairs, pinned, stream);
+  plan_memory(a, pairs, static_cast<char*>(workspace), levels);
+  ActivePairs active(pairs, pinned, stream);
   constexpr size_t SHARED = (2 * SHARED_PIXELS + THREADS) * sizeof(float);
 
   launch(load, levels[0], 2 * pairs, 0, stream, a, first, levels[0]);
@@ -143,16 +144,16 @@ void flow(const Args& a, int64_t first, int64_t pairs, void* workspace, Control*
     }
     check(cudaMemsetAsync(l.control, 0, pairs * sizeof(Control), stream));
     check(cudaMemsetAsync(l.p[0], 0, 2 * flow_bytes, stream));
-    check(cudaMemsetAsync(l.textures, 0, 4 * pairs * (l.h + 2 * FRAME) * (l.w + 2 * FRAME) * sizeof(float), stream));
+    check(cudaMemsetAsync(l.textures, 0, 4 * pairs * (l.h + 2 * BORDER) * (l.w + 2 * BORDER) * sizeof(float), stream));
     launch(differentiate, l, pairs, 0, stream, l);
     for (int64_t k = 0; k < p.warps; ++k) {
       launch(warp, l, pairs, 0, stream, l);
-      going.all();
-      for (int64_t step = 0; going.count > 0 && step < p.inner * p.outer; ++step) {
+      active.reset();
+      for (int64_t step = 0; active.count > 0 && step < p.inner * p.outer; ++step) {
         const bool sorted = p.median && step % p.inner == 0;
-        if (sorted) launch(median, l, 2 * going.count, 5 * SORTED * sizeof(float), stream, l, going.pairs);
-        launch(iterate, l, going.count, SHARED, stream, l, going.pairs, sorted);
-        if (step % CHECK == CHECK - 1) going.look(l.control);
+        if (sorted) launch(median, l, 2 * active.count, 5 * SORTED * sizeof(float), stream, l, active.pairs);
+        launch(iterate, l, active.count, SHARED, stream, l, active.pairs, sorted);
+        if (step % POLL_INTERVAL == POLL_INTERVAL - 1) active.poll(l.control);
       }
     }
   }

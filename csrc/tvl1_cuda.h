@@ -1,4 +1,4 @@
-// The CUDA kernels' entry points (tvl1_cuda.cu), without torch. A failed launch throws std::runtime_error.
+// Calls of the CUDA kernels (tvl1_cuda.cu), without torch. A failed launch throws std::runtime_error.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -8,8 +8,8 @@ namespace goca::tvl1::cuda {
 constexpr int64_t BATCH = 256;  // pairs together, at most
 
 struct Control {  // of a pair
-  int going, flow, dual;  // whether it iterates; which of two planes hold the newest u, and p
-  int done;               // blocks that have finished the iteration
+  int active, flow, dual;  // whether it iterates; which of two planes hold the newest u, and p
+  int finished;            // blocks that have finished the iteration
 };
 
 size_t workspace_bytes(const Args&, int64_t pairs);

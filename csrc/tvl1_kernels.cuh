@@ -1,4 +1,4 @@
-// The kernels of tvl1_cuda.cu. A block owns a tile of a pair (or of an image, or of a component of u), a thread a pixel.
+// The kernels of tvl1_cuda.cu. A block owns a tile of a pair (or of an image or a component of u), a thread a pixel.
 // The operations are those of tvl1_cpu.cpp, kept from contraction by mul and add, so that a GPU's flow has the CPU's
 // bits.
 //
@@ -19,10 +19,10 @@
 namespace goca::tvl1::cuda {
 namespace {
 
-constexpr int THREADS = 256, WARP = 32, TILE_W = 32, TILE_H = THREADS / TILE_W;
+constexpr int THREADS = 256, WARP_SIZE = 32, TILE_W = 32, TILE_H = THREADS / TILE_W;
 constexpr int SHARED_W = TILE_W + 1, SHARED_PIXELS = SHARED_W * (TILE_H + 1);
 constexpr int RADIUS = 2, SORTED_W = TILE_W + 2 * RADIUS, SORTED = SORTED_W * TILE_H;  // of the median
-constexpr unsigned ALL_LANES = 0xffffffff;
+constexpr unsigned FULL_WARP_MASK = 0xffffffff;
 
 #ifdef GOCA_EMULATED
 template <typename T>
@@ -47,7 +47,7 @@ struct Level {
   float *images;        // [pairs, 2, h, w]: I0, I1
   float *u[2], *p[2];   // [pairs, 2, h, w], [pairs, 4, h, w]: by x and y of u, by x and y of v
   float* data;          // [pairs, 3, h, w]: Ix, Iy, constant part of rho
-  float* textures;      // [pairs, h + 2 FRAME, w + 2 FRAME, 4]: I1, d/dx, d/dy, 0
+  float* textures;      // [pairs, h + 2 BORDER, w + 2 BORDER, 4]: I1, d/dx, d/dy, 0
   double* change;       // [pairs, tiles]
   Control* control;     // [pairs]
   float limit, theta, dual_step, negligible;
@@ -65,20 +65,20 @@ struct Pairs {
 struct Pixel {
   int x, y;
 };
-__device__ inline Pixel own_pixel() {
+__device__ inline Pixel pixel_of_thread() {
   return {int(blockIdx.x) * TILE_W + int(threadIdx.x) % TILE_W, int(blockIdx.y) * TILE_H + int(threadIdx.x) / TILE_W};
 }
 
 // One of two planes: by a choice, since an index would put the arguments into local memory.
-__device__ inline float* chosen(float* const* planes, int which) { return which ? planes[1] : planes[0]; }
+__device__ inline float* select(float* const* planes, int which) { return which ? planes[1] : planes[0]; }
 
-__device__ inline int within(int i, int n) { return i < 0 ? 0 : i < n ? i : n - 1; }
+__device__ inline int clamp_index(int i, int n) { return i < 0 ? 0 : i < n ? i : n - 1; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Images: bytes to floats, bilinear resizing, central differences, bicubic warps
 // ---------------------------------------------------------------------------------------------------------------------
 __global__ void load(Args a, int64_t first, Level l) {  // blockIdx.z: image
-  const auto [x, y] = own_pixel();
+  const auto [x, y] = pixel_of_thread();
   if (x >= l.w || y >= l.h) return;
   const int64_t pair = first + blockIdx.z / 2, frame = pair / (a.frames - 1) * a.frames + pair % (a.frames - 1);
   const int64_t from = (frame + blockIdx.z % 2) * l.n() + y * l.w + x;
@@ -92,7 +92,7 @@ struct Sample {  // a lerp of i and j
 
 __device__ inline Sample sample(int d, int n, double scale) {
   const double at = add(mul(double(d) + 0.5, scale), -0.5), low = floor(at);
-  return {within(int(low), n), within(int(low) + 1, n), float(at - low)};
+  return {clamp_index(int(low), n), clamp_index(int(low) + 1, n), float(at - low)};
 }
 
 __device__ inline float lerp(float a, float b, float weight) { return fmaf(b - a, weight, a); }
@@ -104,30 +104,30 @@ __device__ inline float resized(const float* from, int h, int w, int y, int x, d
 }
 
 __global__ void shrink(Level fine, Level coarse, double scale) {  // blockIdx.z: image
-  const auto [x, y] = own_pixel();
+  const auto [x, y] = pixel_of_thread();
   if (x >= coarse.w || y >= coarse.h) return;
   coarse.images[int64_t(blockIdx.z) * coarse.n() + y * coarse.w + x] =
       resized(fine.images + int64_t(blockIdx.z) * fine.n(), fine.h, fine.w, y, x, scale, scale);
 }
 
 __global__ void enlarge(Level coarse, Level fine, float* to, float factor) {  // blockIdx.z: component of a pair
-  const auto [x, y] = own_pixel();
+  const auto [x, y] = pixel_of_thread();
   if (x >= fine.w || y >= fine.h) return;
-  const float* from = chosen(coarse.u, coarse.control[blockIdx.z / 2].flow) + int64_t(blockIdx.z) * coarse.n();
+  const float* from = select(coarse.u, coarse.control[blockIdx.z / 2].flow) + int64_t(blockIdx.z) * coarse.n();
   to[int64_t(blockIdx.z) * fine.n() + y * fine.w + x] =
       mul(factor, resized(from, coarse.h, coarse.w, y, x, double(coarse.h) / double(fine.h),
                           double(coarse.w) / double(fine.w)));
 }
 
 __global__ void differentiate(Level l) {  // blockIdx.z: pair
-  const auto [x, y] = own_pixel();
+  const auto [x, y] = pixel_of_thread();
   if (x >= l.w || y >= l.h) return;
   const int64_t pair = blockIdx.z;
   const float* image = l.images + (2 * pair + 1) * l.n();
-  const float right = image[y * l.w + within(x + 1, l.w)], left = image[y * l.w + within(x - 1, l.w)];
-  const float below = image[within(y + 1, l.h) * l.w + x], above = image[within(y - 1, l.h) * l.w + x];
-  const int64_t row = l.w + 2 * FRAME;
-  float* to = l.textures + 4 * ((pair * (l.h + 2 * FRAME) + y + FRAME) * row + x + FRAME);
+  const float right = image[y * l.w + clamp_index(x + 1, l.w)], left = image[y * l.w + clamp_index(x - 1, l.w)];
+  const float below = image[clamp_index(y + 1, l.h) * l.w + x], above = image[clamp_index(y - 1, l.h) * l.w + x];
+  const int64_t row = l.w + 2 * BORDER;
+  float* to = l.textures + 4 * ((pair * (l.h + 2 * BORDER) + y + BORDER) * row + x + BORDER);
   to[0] = image[y * l.w + x];
   to[1] = mul(0.5f, right - left);
   to[2] = mul(0.5f, below - above);
@@ -141,24 +141,24 @@ __device__ inline void cubic(float t, float* weights) {  // Keys' kernel with A 
   weights[2] = add(add(add(1.f, -weights[0]), -weights[1]), -weights[3]);
 }
 
-__device__ inline float between(float x, float low, float high) { return x > low ? x < high ? x : high : low; }
+__device__ inline float clamp(float x, float low, float high) { return x > low ? x < high ? x : high : low; }
 
 __global__ void warp(Level l) {  // blockIdx.z: pair, which iterates from here on
-  const auto [x, y] = own_pixel();
+  const auto [x, y] = pixel_of_thread();
   if (x >= l.w || y >= l.h) return;
   const int64_t pair = blockIdx.z;
-  const int n = l.n(), at = y * l.w + x, row = 4 * (l.w + 2 * FRAME);
-  if (at == 0) l.control[pair].going = 1;
-  const float* flow = chosen(l.u, l.control[pair].flow) + 2 * pair * n + at;
+  const int n = l.n(), at = y * l.w + x, row = 4 * (l.w + 2 * BORDER);
+  if (at == 0) l.control[pair].active = 1;
+  const float* flow = select(l.u, l.control[pair].flow) + 2 * pair * n + at;
   const float u = flow[0], v = flow[n];
-  const float X = between(add(float(x), u), -3.f, float(l.w + 1));
-  const float Y = between(add(float(y), v), -3.f, float(l.h + 1));
+  const float X = clamp(add(float(x), u), -3.f, float(l.w + 1));
+  const float Y = clamp(add(float(y), v), -3.f, float(l.h + 1));
   const float left = floorf(X), top = floorf(Y);
   float wx[4], wy[4], sum[3] = {};
   cubic(X - left, wx);
   cubic(Y - top, wy);
-  const float* tap = l.textures + pair * (l.h + 2 * FRAME) * row + (int(top) - 1 + FRAME) * row +
-                     4 * (int(left) - 1 + FRAME);
+  const float* tap = l.textures + pair * (l.h + 2 * BORDER) * row + (int(top) - 1 + BORDER) * row +
+                     4 * (int(left) - 1 + BORDER);
   for (int j = 0; j < 4; ++j, tap += row) {
     for (int c = 0; c < 3; ++c) {
       float s = mul(wx[0], tap[c]);
@@ -232,7 +232,7 @@ __device__ inline void dual(const Level& l, const float* from, float* to, float 
 }
 
 __device__ inline double warp_sum(double x) {
-  for (int offset = WARP / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(ALL_LANES, x, offset);
+  for (int offset = WARP_SIZE / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(FULL_WARP_MASK, x, offset);
   return x;
 }
 
@@ -240,16 +240,16 @@ __device__ inline double warp_sum(double x) {
 __global__ void __launch_bounds__(THREADS) iterate(Level l, Pairs pairs, bool sorted) {
   const int64_t pair = pairs.at[blockIdx.z];
   const Control before = l.control[pair];
-  if (!before.going) return;
+  if (!before.active) return;
   float* u_shared = shared_memory<float>();       // [2, TILE_H + 1, TILE_W + 1]
   float* changes = u_shared + 2 * SHARED_PIXELS;  // [TILE_H, TILE_W]
   const int n = l.n(), newest = before.flow ^ int(sorted);
-  const Planes from{chosen(l.u, newest) + 2 * pair * n, chosen(l.p, before.dual) + 4 * pair * n,
+  const Planes from{select(l.u, newest) + 2 * pair * n, select(l.p, before.dual) + 4 * pair * n,
                     l.data + 3 * pair * n};
-  float *u_to = chosen(l.u, 1 - newest) + 2 * pair * n, *p_to = chosen(l.p, 1 - before.dual) + 4 * pair * n;
+  float *u_to = select(l.u, 1 - newest) + 2 * pair * n, *p_to = select(l.p, 1 - before.dual) + 4 * pair * n;
 
   const int column = threadIdx.x % TILE_W, row = threadIdx.x / TILE_W, own = row * SHARED_W + column;
-  const Pixel pixel = own_pixel();
+  const Pixel pixel = pixel_of_thread();
   const bool inside = pixel.x < l.w && pixel.y < l.h;
   const int at = pixel.y * l.w + pixel.x;
   Move moved{};
@@ -277,21 +277,21 @@ __global__ void __launch_bounds__(THREADS) iterate(Level l, Pairs pairs, bool so
       dual(l, from.p + 2 * c * n + at, p_to + 2 * c * n + at, dx, dy);
     }
   }
-  if (threadIdx.x >= WARP) return;
+  if (threadIdx.x >= WARP_SIZE) return;
 
   double sum = 0;  // of the tile
-  for (int k = threadIdx.x; k < THREADS; k += WARP) sum += double(changes[k]);
+  for (int k = threadIdx.x; k < THREADS; k += WARP_SIZE) sum += double(changes[k]);
   sum = warp_sum(sum);
-  int done = 0;
+  int finished = 0;
   if (threadIdx.x == 0) {
     l.change[pair * l.tiles() + blockIdx.y * l.tiles_x + blockIdx.x] = sum;
-    __threadfence();  // seen by all before this block counts as done
-    done = atomicAdd(&l.control[pair].done, 1) + 1;
+    __threadfence();  // seen by all before this block counts as finished
+    finished = atomicAdd(&l.control[pair].finished, 1) + 1;
   }
-  if (__shfl_sync(ALL_LANES, done, 0) < l.tiles()) return;
+  if (__shfl_sync(FULL_WARP_MASK, finished, 0) < l.tiles()) return;
   __threadfence();
   sum = 0;  // of the pair; past the first-level cache, which doesn't see what other blocks write
-  for (int k = threadIdx.x; k < l.tiles(); k += WARP) sum += __ldcg(l.change + pair * l.tiles() + k);
+  for (int k = threadIdx.x; k < l.tiles(); k += WARP_SIZE) sum += __ldcg(l.change + pair * l.tiles() + k);
   sum = warp_sum(sum);
   if (threadIdx.x == 0) l.control[pair] = {sum > l.stop, 1 - newest, 1 - before.dual, 0};
 }
@@ -315,33 +315,33 @@ __device__ inline void exchange_all(float* e, std::index_sequence<I...>) {
 __global__ void __launch_bounds__(THREADS) median(Level l, Pairs pairs) {
   const int64_t pair = pairs.at[blockIdx.z / 2], plane = (2 * pair + blockIdx.z % 2) * l.n();
   const Control control = l.control[pair];
-  if (!control.going) return;
-  const float* from = chosen(l.u, control.flow) + plane;
+  if (!control.active) return;
+  const float* from = select(l.u, control.flow) + plane;
   float* sorted = shared_memory<float>();  // [5, TILE_H, SORTED_W]: each pixel's column of 5
   for (int k = threadIdx.x; k < SORTED; k += THREADS) {
-    const int x = within(int(blockIdx.x) * TILE_W + k % SORTED_W - RADIUS, l.w);
+    const int x = clamp_index(int(blockIdx.x) * TILE_W + k % SORTED_W - RADIUS, l.w);
     const int y = int(blockIdx.y) * TILE_H + k / SORTED_W;
     float e[5];
-    for (int i = 0; i < 5; ++i) e[i] = from[within(y + i - RADIUS, l.h) * l.w + x];
-    exchange_all<SORT5>(e, std::make_index_sequence<sizeof(SORT5) / sizeof(Pair)>());
+    for (int i = 0; i < 5; ++i) e[i] = from[clamp_index(y + i - RADIUS, l.h) * l.w + x];
+    exchange_all<SORT5>(e, std::make_index_sequence<sizeof(SORT5) / sizeof(Exchange)>());
     for (int i = 0; i < 5; ++i) sorted[i * SORTED + k] = e[i];
   }
   __syncthreads();
-  const auto [x, y] = own_pixel();
+  const auto [x, y] = pixel_of_thread();
   if (x >= l.w || y >= l.h) return;
   const float* own = sorted + threadIdx.x / TILE_W * SORTED_W + threadIdx.x % TILE_W;
   float e[25];
 #pragma unroll
   for (int k = 0; k < 25; ++k) e[k] = own[k / 5 * SORTED + k % 5];
-  exchange_all<MEDIAN25>(e, std::make_index_sequence<sizeof(MEDIAN25) / sizeof(Pair)>());
-  chosen(l.u, 1 - control.flow)[plane + y * l.w + x] = e[12];
+  exchange_all<MEDIAN25>(e, std::make_index_sequence<sizeof(MEDIAN25) / sizeof(Exchange)>());
+  select(l.u, 1 - control.flow)[plane + y * l.w + x] = e[12];
 }
 
 __global__ void store(Level l, float* out) {  // blockIdx.z: component of a pair
-  const auto [x, y] = own_pixel();
+  const auto [x, y] = pixel_of_thread();
   if (x >= l.w || y >= l.h) return;
   const int64_t at = int64_t(blockIdx.z) * l.n() + y * l.w + x;
-  out[at] = chosen(l.u, l.control[blockIdx.z / 2].flow)[at];
+  out[at] = select(l.u, l.control[blockIdx.z / 2].flow)[at];
 }
 
 }  // namespace

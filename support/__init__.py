@@ -1,5 +1,9 @@
 """What the stages stand on; a first reading of the method may skip it. One subject a file.
 
+Stages import the method (goca, tvl1), model, data and support; data and model import support; nothing imports a stage.
+Of support, the files about networks import model and data, and flow_methods the method
+(tests/support/test_imports.py).
+
 Commands and files
     errors          what the user can mend: BadInput and exit statuses
     cli             messages and exit statuses of a command, the layout of its help

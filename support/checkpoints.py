@@ -63,8 +63,8 @@ def load_checkpoint(path):
         raise Unreadable(f"{file} does not fit into the memory that is left; it may be good") from e
     except OSError as e:
         kind = BadInput if e.errno in (errno.EACCES, errno.EPERM, errno.EISDIR) else Unreadable
-        raise kind(f"{file} can't be read ({e.strerror}); it may be good: see to its rights, its disk and the network, "
-                   f"and the same command continues") from e
+        raise kind(f"{file} can't be read ({e.strerror}); it may be good: check its permissions, its disk and the "
+                   f"network, and the same command continues") from e
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as e:  # torch, zipfile and pickle each have their own words

@@ -7,6 +7,7 @@ import argparse
 import math
 import os
 import sys
+import time
 
 from support.errors import BadInput
 
@@ -22,8 +23,10 @@ def command_line(main):
         _mute()
         sys.exit(141)
     except BadInput as e:
-        if not e.printed:
-            print(f"error: {e}", file=sys.stderr)
+        if e.printed:
+            time.sleep(2)  # torchrun ends all processes once one is gone, that which prints the message too
+        else:
+            print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(e.status)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues", file=sys.stderr)

@@ -23,7 +23,6 @@ from support.watchdog import Watchdog
 _gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 renamed it
 
 
-
 def start_processes(s):
     """Join the process group if there is one -> (device, rank, world).
 

@@ -10,7 +10,7 @@
                 run.log_line({...})
     return run.status                          # 0, or 128 + the signal that asked to stop
 
-A step of the loop is a batch; `accumulate` batches make an update. The host never waits for a GPU but to log and save.
+A step of the loop is a batch; `accumulate` batches make an update. The host waits for a GPU only to log and to save.
 """
 
 import math
@@ -139,7 +139,7 @@ class Run:
                 self.watchdog.compiling()
 
     def gradient_sync(self):
-        """A context for forward and backward: gradients that more are added to are not shared yet."""
+        """A context for forward and backward: processes share gradients at an update's last batch only."""
         return nullcontext() if self.is_update_step or self.world == 1 else self.net.no_sync()
 
     def update(self, loss):
@@ -173,7 +173,7 @@ class Run:
                                or self.step % (self.save_every * self.steps_per_epoch) == 0)
         if not self.is_update_step:  # part of an update can't be saved
             return False
-        # several processes know of each other's failures from the log's lines on
+        # processes learn of each other's unreadable videos where a line of the log is written
         count = self.videos and (self.world == 1 or self.log_due)
         too_many_failures = self.log.too_many_faults(self.videos) if count else None
         if self.checkpoint_due or self.stop_requested or too_many_failures:

@@ -7,14 +7,13 @@ def expand(videos, store, rgb=None, frames=True):
     """Videos -> videos: in place of each that `store` holds in segments, one for each, NAME@FIRSTFRAME, its label kept.
 
     store: the FlowStore, or the RgbStore where only RGB is looked at. rgb: the RgbStore, or None. frames: whether RGB
-    is looked at. Raises BadInput where frames are needed but no RGB store is there: those of a segment, and those at
-    another rate (`flow.py --fps`), can't be read from the video by their number.
+    is looked at. Raises BadInput where frames are needed but no RGB store is there: those of a segment can't be read
+    from the video by their number.
     """
     names = {video.name: [] if video.name in store else store.segments(video.name) for video in videos}
     cut = next((video for video in videos if names[video.name]), None)
-    if frames and rgb is None and (cut or store.header.get("fps")):
-        what = f"{cut.name} in segments" if cut else f"frames at {store.header['fps']:g} a second"
-        raise BadInput(f"{store.root} holds {what}, whose pictures are read from an RGB store: add --rgb RGB (made "
-                       f"with python flow.py --videos DIR --out {store.root} --rgb RGB and the same --segment or "
-                       f"--fps), or take --views flow")
+    if frames and rgb is None and cut:
+        raise BadInput(f"{store.root} holds {cut.name} in segments, whose pictures are read from an RGB store: add "
+                       f"--rgb RGB (made with python flow.py --videos DIR --out {store.root} --rgb RGB and the same "
+                       f"--segment)")
     return [video._replace(name=name) for video in videos for name in names[video.name] or [video.name]]

@@ -263,10 +263,17 @@ def test_samples_are_exact_and_prototypes_only_in_the_limit(impl):
 def test_gradients(impl):
     scores = unit_scores(2, 3, 2, n=4).requires_grad_()
     targets = goca.assign(unit_scores(2, 2, 2, n=4, seed=1), impl=impl)
-    assert torch.autograd.gradcheck(lambda x: goca.swapped_loss(x, targets, impl=impl), scores)
     whole = unit_scores(2, 2, 7, n=4, seed=2)  # the assignment is fixed, as no gradient flows through D
-    assert torch.autograd.gradcheck(
-        lambda x: goca.guided_loss(x, batch_scores=whole, first_row=3, impl=impl), scores)
+    for loss in (partial(goca.swapped_loss, log_targets=targets, impl=impl),
+                 partial(goca.swapped_loss, log_targets=targets[:, :1] - 0.7, impl=impl),  # rows that sum to a half
+                 partial(goca.guided_loss, batch_scores=whole, first_row=3, impl=impl)):
+        assert torch.autograd.gradcheck(loss, scores)
+        assert torch.autograd.gradgradcheck(loss, scores)  # second derivatives, and those by the outer gradient
+
+        def penalty(x, loss=loss):  # third derivatives
+            return torch.autograd.grad(loss(x), x, create_graph=True)[0].square().sum()
+
+        assert torch.autograd.gradgradcheck(penalty, scores)
 
 
 def test_no_gradient_flows_through_the_assignment(impl):
@@ -387,7 +394,7 @@ def test_check_finite_off_lets_nan_through(impl):
 def test_without_the_extension(monkeypatch):
     monkeypatch.setattr(goca, "_goca", None)
     monkeypatch.setattr(goca, "_MISSING", "the compiled operator isn't built", raising=False)
-    monkeypatch.setattr(goca, "_said", set())
+    monkeypatch.setattr(goca, "_warned", set())
     with pytest.raises(RuntimeError, match=r"python setup\.py build_ext --inplace"):
         goca.assign(S, impl="compiled")
     with pytest.warns(UserWarning, match="isn't built; the PyTorch reference is used"):

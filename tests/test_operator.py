@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -257,6 +258,79 @@ def test_inference_mode_and_outer_gradients(device):
     torch.testing.assert_close(x.grad, gradient)
 
 
+def test_the_gradient_is_formed_where_it_is_wanted(device):
+    s = unit_scores(2, 4, 8, n=11, device=device)
+    call = partial(torch.ops.goca.swapped_loss, log_targets=goca.guided_assign(s[:, :2]), temperature=0.1)
+    assert call(s)[1].numel() == 0
+    expected = call(s, with_gradient=True)[1]
+    x = s.clone().requires_grad_()
+    loss, gradient = call(x)
+    assert torch.equal(gradient, expected) and torch.equal(torch.autograd.grad(loss, x)[0], expected)
+    with torch.no_grad():
+        assert call(x)[1].numel() == 0
+
+
+def test_gradient_penalty(device):
+    # What a second derivative leaves out does not show in a gradient penalty alone, but beside another term.
+    def gradient(impl, scores, transform):
+        x = scores.clone().requires_grad_()
+        loss = goca.guided_loss(transform(x), impl=impl)
+        first, = torch.autograd.grad(loss, x, create_graph=True)
+        return torch.autograd.grad(loss + 10 * first.square().sum() + x.square().mean(), x)[0]
+
+    s = unit_scores(2, 4, 8, n=11, dtype=torch.float64, device=device)
+    for transform in (lambda x: x, torch.tanh):
+        ours, expected = (gradient(impl, s, transform) for impl in ("compiled", "reference"))
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+    without = torch.autograd.grad(goca.guided_loss(x := s.clone().requires_grad_()) + x.square().mean(), x)[0]
+    assert (without - gradient("reference", s, lambda x: x)).abs().max() > 0.01 * without.abs().max(), "degenerate"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch.func itself
+def test_torch_func_and_forward_mode(device):
+    # Right, or refused by a message that says what to do; and what it says helps.
+    s = unit_scores(2, 4, 8, n=11, dtype=torch.float64, device=device)
+    targets, tangent = goca.guided_assign(s[:, :2]), torch.ones_like(s).tril()
+
+    def forward_mode(loss):
+        with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+            dual = torch.autograd.forward_ad.make_dual(s, tangent)
+            return torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent
+
+    for function in (goca.guided_loss, partial(goca.swapped_loss, log_targets=targets)):
+        compiled, plain = partial(function, impl="compiled"), partial(function, impl="reference")
+        x = s.clone().requires_grad_()
+        gradient = torch.autograd.grad(compiled(x), x)[0]
+        for transform, expected in (
+                (lambda f: torch.func.grad(f)(s), gradient),
+                (lambda f: torch.func.vjp(f, s)[1](torch.ones_like(f(s)))[0], gradient),
+                (lambda f: torch.vmap(torch.func.grad(f))(s[None])[0], gradient),
+                (lambda f: torch.func.jvp(f, (s,), (tangent,))[1], (gradient * tangent).sum()),
+                (forward_mode, (gradient * tangent).sum())):
+            with pytest.raises(RuntimeError, match='call it with impl="reference"'):
+                transform(compiled)
+            torch.testing.assert_close(transform(plain), expected)
+
+        several = torch.stack([s, s.roll(1, -1), s.roll(1, 2)]).requires_grad_()
+        losses = torch.vmap(compiled)(several)
+        expected = torch.stack([plain(x) for x in several])
+        torch.testing.assert_close(losses, expected)
+        torch.testing.assert_close(*(torch.autograd.grad((x * x).sum(), several)[0] for x in (losses, expected)))
+        torch.testing.assert_close(torch.vmap(plain)(several), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("impl", ["reference", pytest.param("compiled", marks=built)])
+def test_assignments_are_constants_to_every_derivative(impl):
+    s = unit_scores(2, 2, 8, n=11, dtype=torch.float64)
+    prior = s.log_softmax(-1)
+    for function in (partial(goca.guided_assign, impl=impl), partial(goca.assign, log_prior=prior, impl=impl)):
+        values, tangents = torch.func.jvp(function, (s,), (torch.ones_like(s),))
+        torch.testing.assert_close(values, function(s))
+        assert not tangents.any() and not torch.func.grad(lambda x, f=function: f(x).sum())(s).any()
+        torch.testing.assert_close(torch.vmap(function)(s[None])[0], values)
+
+
 @built
 def test_meta_tensors():
     s = torch.empty(2, 4, 6, 9, device="meta")
@@ -286,8 +360,6 @@ def test_the_operator_checks_for_itself():
             (lambda: ops.guided_loss(s, s[:, :2], 1, *loss[1:]), "first_row")):
         with pytest.raises(ValueError, match=f"{name} must"):
             call()
-    with pytest.raises(RuntimeError, match="has no gradient"):
-        ops.swapped_loss(s.requires_grad_(), s[:, :2].detach(), 0.1, False)[0].backward()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// csrc/cuda_*.cu on the CPU for test_cuda_on_cpu.py (ctypes): contiguous arrays in, as bindings.cpp would hand them over.
+// csrc/cuda_*.cu on the CPU for test_cuda_on_cpu.py (ctypes): contiguous arrays in, called as by bindings.cpp.
 #include "../../csrc/cuda_assign.cu"
 #include "../../csrc/cuda_loss.cu"
 
@@ -13,21 +13,21 @@ struct Call {
 };
 
 template <typename T>
-goca::Stack<T> stack(const T* x, int64_t crops, int64_t rows, int64_t N) {
+goca::Matrices<T> matrices(const T* x, int64_t crops, int64_t rows, int64_t N) {
   return {x, crops * rows * N, rows * N, N};
 }
 
 // The crops of `scores` [views, assigning, M, N], solved in E.
 template <typename T>
-goca::Solved<T> solve(const Call<T>& c, const T* scores, T* E, std::vector<T>& rest, bool take_log) {
+goca::Solution<T> solve(const Call<T>& c, const T* scores, T* E, std::vector<T>& rest, bool take_log) {
   const int64_t A = c.assigning, B = c.views * A;
   rest.assign(goca::potentials_size(B, c.M, c.N, goca::CUDA_CHUNK), T(NAN));
-  const goca::AssignArgs<T> a{c.views, A, c.M, c.N, stack(scores, A, c.M, c.N), stack(c.log_prior, A, c.M, c.N),
+  const goca::AssignArgs<T> a{c.views, A, c.M, c.N, matrices(scores, A, c.M, c.N), matrices(c.log_prior, A, c.M, c.N),
                               {c.rgb_prior != 0, c.flow_prior != 0}, c.lambda1, c.lambda2, int(c.prior_sign), c.iters};
-  const auto solved = goca::lay_out(E, rest.data(), B, c.M, c.N, goca::CUDA_CHUNK);
-  goca::cuda::solve(a, solved, nullptr);
-  if (take_log) goca::cuda::log_assignment(a, solved, nullptr);
-  return solved;
+  const auto solution = goca::partition(E, rest.data(), B, c.M, c.N, goca::CUDA_CHUNK);
+  goca::cuda::solve(a, solution, nullptr);
+  if (take_log) goca::cuda::log_assignment(a, solution, nullptr);
+  return solution;
 }
 
 template <typename T>
@@ -42,13 +42,13 @@ void run(const Call<T>& c) {
   goca::LossArgs<T> a{};
   a.views = c.views, a.crops = c.crops, a.assigning = c.assigning, a.m = c.m, a.N = c.N;
   a.M = c.M, a.first_row = c.first_row;
-  a.scores = stack(c.scores, c.crops, c.m, c.N);
+  a.scores = matrices(c.scores, c.crops, c.m, c.N);
   a.inverse_temperature = 1 / c.temperature;
   a.weight = 1. / (c.views * c.m * c.assigning * (c.crops - 1));
   if (c.batch_scores) {
-    a.solved = solve(c, c.batch_scores, E.data(), rest, false);
+    a.solution = solve(c, c.batch_scores, E.data(), rest, false);
   } else {
-    a.log_targets = stack(c.log_targets, c.assigning, c.m, c.N);
+    a.log_targets = matrices(c.log_targets, c.assigning, c.m, c.N);
   }
   a.loss = c.loss, a.gradient = c.gradient, a.terms = terms.data();
   goca::cuda::swapped_loss(a, nullptr);
@@ -56,6 +56,6 @@ void run(const Call<T>& c) {
 
 extern "C" void run_f32(const Call<float>* c) { run(*c); }
 extern "C" void run_f64(const Call<double>* c) { run(*c); }
-extern "C" void set_card(int64_t l2_bytes, int64_t blocks_at_once, int64_t order) {
+extern "C" void set_gpu(int64_t l2_bytes, int64_t blocks_at_once, int64_t order) {
   emulated::l2_bytes = l2_bytes, emulated::blocks_at_once = blocks_at_once, emulated::order = int(order);
 }

@@ -208,7 +208,8 @@ def relaid(tiny, root, dataset):
         lines = [f"{n}.avi {use}" for use, listed in enumerate(names.values(), 1) for n in listed if n[0] == c]
         (splits / f"{c}_test_split1.txt").write_text("\n".join(lines))
     for subset, listed in (("train", names["train"]), ("val", names["test"])):
-        (splits / f"{subset}_videofolder.txt").write_text("\n".join(f"{n[0]}/{n} 12 0" for n in listed))
+        (splits / f"{subset}_videofolder.txt").write_text(
+            "\n".join(f"{n[0]}/{n} 12 {'abc'.index(n[0])}" for n in listed))
     return ["--dataset", dataset, "--videos", str(root / "videos"), "--splits", str(splits)]
 
 

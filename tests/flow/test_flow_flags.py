@@ -98,6 +98,7 @@ def test_frames_come_at_the_rate_asked_for(rates, tmp_path, more):
     for rate in (30, 12):
         assert len(flows.open(str(rate))) == 11
         header = flows.open(str(rate)).header
+        assert header["fps"] == 6  # from which clips know at what rate to decode
         assert (header["source_fps"], header["source_frames"], header["source_declared"]) == (rate, 12, 12)
         shown = [frame.mean() for frame in rgb.open(str(rate)).frames(range(12))]
         assert np.abs(np.array(shown) - (20 + 100 / 6 * np.arange(12))).max() <= 100 / rate + 3

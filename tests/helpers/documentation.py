@@ -16,6 +16,8 @@ from pathlib import Path
 from helpers.paths import ROOT
 from torch.distributed.run import get_args_parser
 
+from support.errors import BadInput
+
 MODULES = ("goca", "tvl1", "model", "data", "flow", "prototypes", "pretrain", "evaluate", "search")
 MADE = ("results/ucf101", "results/trial")  # by commands on the pages
 OTHERS = ("pip", "git", "source", "python -m venv", "python setup.py build_ext --inplace")  # commands that are not ours
@@ -121,7 +123,7 @@ def programs():
     for folder in (".", "support", "experiments", "experiments/bench"):
         for file in sorted((ROOT / folder).glob("*.py")):
             module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
-            if "argparse.ArgumentParser(" in file.read_text():
+            if '\nif __name__ == "__main__":' in (text := file.read_text()) and "parse" in text:
                 out[file.name if folder == "." else module] = file
     return out
 
@@ -156,6 +158,8 @@ def whole(program, args):
         parser.parse_args(args[off:])
     except SystemExit:
         return errors[0] if errors else None
+    except BadInput as e:  # of a parser of ours
+        return str(e)
     finally:
         argparse.ArgumentParser.error = kept
 

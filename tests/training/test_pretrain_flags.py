@@ -176,7 +176,7 @@ def test_flags_without_effect_are_said(capsys, monkeypatch, flags, words):
 
 @pytest.mark.parametrize("flags", [["--lead", "flow"], ["--lead-epochs", "3"]])
 def test_half_of_leading_is_refused(flags):
-    with pytest.raises(BadInput, match="leading takes both, a view and for how long"):
+    with pytest.raises(BadInput, match="--lead VIEW and --lead-epochs E go together"):
         pretrain.arguments([*flags, "--videos", "v", "--flow", "f", "--prototypes", "p", "--out", "o"])
 
 

@@ -1,0 +1,64 @@
+"""pip install: the method and the compiled operator in another environment that has torch."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.paths import ROOT
+
+FLAG = "--no-build-isolation"
+USE = """
+import torch, goca, tvl1
+assert goca._goca is not None, goca._MISSING
+scores = torch.nn.functional.normalize(torch.randn(2, 3, 5, 7), dim=-1)
+torch.testing.assert_close(*(goca.guided_loss(scores, impl=impl) for impl in ("compiled", "reference")))
+assert tvl1.flow(torch.rand(1, 2, 20, 20), impl="compiled", warps=1).shape == (1, 1, 2, 20, 20)
+print(goca.__file__, tvl1.__file__, goca._goca.__file__, sep="\\n")
+"""
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """What a build reads, in a folder of its own: one in the checkout would leave files there."""
+    folder = tmp_path / "sources"
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    for name in ("goca.py", "tvl1.py", "setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def pip_install(*arguments):
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        pytest.skip("no C++ compiler to build the operator with")
+    run = subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps",
+                          *map(str, arguments)], capture_output=True, text=True,
+                         env={**os.environ, "GOCA_CUDA": "0", "GOCA_CXXFLAGS": "-O0"})  # a third of the time
+    if "No module named pip" in run.stderr:
+        pytest.skip("this Python has no pip")
+    return run
+
+
+def test_pip_install(sources, tmp_path):
+    site = tmp_path / "site"
+    run = pip_install(FLAG, "--no-index", "--target", site, sources)
+    assert run.returncode == 0, run.stdout + run.stderr
+    installed = {path.name.split(".")[0].split("-")[0] for path in site.iterdir()} - {"__pycache__"}
+    assert installed == {"goca", "tvl1", "_goca"}, "the stages and their folders are not for other projects"
+    use = subprocess.run([sys.executable, "-c", USE], capture_output=True, text=True, cwd=tmp_path,
+                         env={**os.environ, "PYTHONPATH": str(site)})
+    assert use.returncode == 0, use.stderr
+    assert [Path(path).parent for path in use.stdout.split()] == [site] * 3
+
+
+def test_a_build_that_sees_no_torch_names_the_flag(sources, tmp_path):
+    run = subprocess.run([sys.executable, "-S", "-E", "setup.py", "build_ext"], capture_output=True, text=True,
+                         cwd=sources)
+    assert run.returncode != 0 and FLAG in run.stderr and "requirements.txt" in run.stderr
+    isolated = pip_install("--target", tmp_path / "site", sources)
+    if "setuptools>=77" in isolated.stderr:
+        pytest.skip("pip's isolated build needs a package index to fetch setuptools from")
+    assert isolated.returncode != 0 and FLAG in isolated.stdout + isolated.stderr, isolated.stderr
+    assert not (tmp_path / "site").exists()
