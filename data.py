@@ -11,7 +11,8 @@ flip, colour and blur run on whole batches of tensors on the training device (`a
 (seed, epoch, index of the video) alone.
 
 Conventions. A video of n decoded frames has n-1 flow frames (flow t moves frame t to frame t+1), so a clip draws its
-frames from the first n-1. A video shorter than a clip is repeated from its start. Declared frame counts are not used.
+frames from the first n-1. A video shorter than a clip is repeated from its start. Declared frame counts are not used,
+but for RGB alone without any store (`views=("rgb",)`), and there only as far as they hold.
 """
 
 import copy
@@ -19,6 +20,7 @@ import math
 import sys
 from collections import Counter, defaultdict
 from functools import lru_cache
+from itertools import count, repeat
 from typing import NamedTuple
 
 import cv2
@@ -28,7 +30,7 @@ from torch.utils.data import Sampler
 
 from support.errors import BadInput
 from support.loader import Clips
-from support.videos import FilmReader, declared_frames, decode, frames_at, with_time_limit
+from support.videos import FilmReader, declared_frames, decode, film_length, frames_at, with_time_limit
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,14 +76,14 @@ def cut_same_region(plane, box, size, h, w):
 
 
 def open_views(video, store, rgb=None):
-    """The stores' files of a video -> (AviReader of its flow, AviReader of its RGB or None without such a store).
+    """The stores' files of a video -> (AviReader of its flow, AviReader of its RGB), each None without such a store.
 
     Raises BadInput, naming the file, if one is missing or damaged, or the two are not of the same film.
     """
-    flow = store.open(video.name)
-    if rgb is None:
-        return flow, None
-    frames = rgb.open(video.name)
+    flow = store.open(video.name) if store else None
+    frames = rgb.open(video.name) if rgb else None
+    if flow is None or frames is None:
+        return flow, frames
     size, size_then = (reader.header.get("source_bytes") for reader in (frames, flow))
     if (len(frames), size) != (len(flow) + 1, size_then):
         raise BadInput(f"{frames.path} holds {len(frames)} frames of a video of {size} bytes, but {flow.path} is the "
@@ -90,13 +92,33 @@ def open_views(video, store, rgb=None):
     return flow, frames
 
 
-def read_frames(video, flow, wanted, rgb=None, reader=None):
+class EndsEarly(BadInput):
+    """A film of `frames` frames, fewer than it declares."""
+
+    def __init__(self, path, frames):
+        super().__init__(f"{path} ends at frame {frames}, before it should" if frames else
+                         f"{path} holds no frame that OpenCV can decode; is it a video?")
+        self.frames = frames
+
+
+def read_frames(video, flow, wanted, rgb=None, reader=None, views=("rgb", "flow")):
     """Yield (t, frame uint8 [H, W, 3] in BGR order, flow uint8 [2h, w], u over v) for each t of `wanted`
     (ascending), in one pass.
 
-    flow, rgb: of `open_views`; without rgb the video is decoded, by `reader`, a FilmReader, if one is given. Raises
-    BadInput, naming the file, if one can't be read or the video ends before its flow.
+    flow, rgb: of `open_views`; without rgb the video is decoded, by `reader`, a FilmReader, if one is given. views: of
+    one view the other is None, and no file of it is read. Raises BadInput, naming the file, if one can't be read or the
+    video ends before its flow; of RGB alone EndsEarly, where it ends before a wanted frame.
     """
+    if "rgb" not in views:
+        yield from ((t, None, planes) for t, planes in zip(wanted, flow.frames(wanted), strict=True))
+        return
+    if "flow" not in views:
+        reader, last = reader or (None if rgb else FilmReader(video.path)), None
+        for last, frame in zip(wanted, rgb.frames(wanted), strict=True) if rgb else reader.frames_at(wanted):
+            yield last, frame, None
+        if last != wanted[-1]:
+            raise EndsEarly(video.path, reader.position)
+        return
     if rgb is not None:
         source = zip(wanted, rgb.frames(wanted), strict=True)
     else:
@@ -116,16 +138,23 @@ def clip_indices(start, frames, stride, n):
     return [(start + stride * i) % n for i in range(frames)]
 
 
-def cut_clips(frames, groups, size, views=("rgb", "flow")):
+def shape_of_film(flow):
+    """(H, W) of the frames that a flow is of; that of its planes where it doesn't say."""
+    h, w = flow.shape
+    return tuple(flow.header.get("source_size", (w, h // 2)))[::-1]
+
+
+def cut_clips(frames, groups, size, views=("rgb", "flow"), shape=None):
     """Cut clips out of frames as they come -> {group: {"rgb": uint8 [v, T, S, S, 3], "flow": uint8 [v, T, S, S, 2]}}.
 
-    frames: of `read_frames`. groups: {group: [(frame indices, Box), ...]}, the clips of a group of one length. Colour
-    order and u, v are sorted after the cut, where frames are small.
+    frames: of `read_frames`. groups: {group: [(frame indices, Box), ...]}, the clips of a group of one length. shape:
+    (H, W) of the film's frames, needed where only their flow comes. Colour order and u, v are sorted after the cut,
+    where frames are small.
     """
     out, uses = {}, defaultdict(list)
     for group, clips in groups.items():
-        shape = len(clips), len(clips[0][0]), size, size
-        out[group] = {view: np.empty((*shape, 3 if view == "rgb" else 2), np.uint8) for view in views}
+        clip = len(clips), len(clips[0][0]), size, size
+        out[group] = {view: np.empty((*clip, 3 if view == "rgb" else 2), np.uint8) for view in views}
         for k, (indices, box) in enumerate(clips):
             for i, t in enumerate(indices):
                 uses[t].append((box, {view: x[k, i] for view, x in out[group].items()}))
@@ -135,8 +164,13 @@ def cut_clips(frames, groups, size, views=("rgb", "flow")):
                 cv2.cvtColor(cut(frame, box, size), cv2.COLOR_BGR2RGB, dst=to["rgb"])
             if "flow" in views:
                 u_v = planes[:len(planes) // 2], planes[len(planes) // 2:]
-                cv2.merge([cut_same_region(plane, box, size, *frame.shape[:2]) for plane in u_v], dst=to["flow"])
+                h, w = shape or frame.shape[:2]
+                cv2.merge([cut_same_region(plane, box, size, h, w) for plane in u_v], dst=to["flow"])
     return {group: {view: torch.from_numpy(x) for view, x in by_view.items()} for group, by_view in out.items()}
+
+
+def bytes_of_pixel(views):
+    return 3 * ("rgb" in views) + 2 * ("flow" in views)
 
 
 READ_ERRORS = (BadInput, OSError, cv2.error)  # what a file may do to its reader
@@ -162,6 +196,7 @@ class TrainClips(Clips):
     range (`SCALES`).
     cache: keep every decoded video in memory, for small data sets (3 + 2 bytes a pixel and frame).
     rgb: an RgbStore, to read in place of the videos; the clips are the same but for its JPEGs.
+    views: one alone gives the same clips of it; ("flow",) reads no video, ("rgb",) no flow: store may then be None.
     A video that can't be read, or takes more than `time_limit` seconds, is replaced by another, drawn from the same
     seed; `fault` says which and why.
     """
@@ -169,15 +204,16 @@ class TrainClips(Clips):
     JITTER, P_JITTER, P_GREY, P_BLUR = (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, 0.5
 
     def __init__(self, videos, store, *, frames=32, short_frames=16, n_long=2, n_short=4, size=128, stride=1,
-                 scale=SCALES["s3d"], seed=0, cache=False, time_limit=60, rgb=None):
+                 scale=SCALES["s3d"], seed=0, cache=False, time_limit=60, rgb=None, views=("rgb", "flow")):
         super().__init__(videos)
-        self.store, self.rgb, self.size = store, rgb, size
+        self.store, self.rgb = (store if "flow" in views else None), (rgb if "rgb" in views else None)
+        self.views, self.size, self.declared = views, size, {}
         self.stride, self.scale, self.seed, self.time_limit = stride, scale, seed, time_limit
         self.lengths = {"long": [frames] * n_long, "short": [short_frames] * n_short}
         self.cache = {} if cache else None
 
     def item_bytes(self):
-        return sum(map(sum, self.lengths.values())) * self.size ** 2 * 5  # RGB, u and v
+        return sum(map(sum, self.lengths.values())) * self.size ** 2 * bytes_of_pixel(self.views)
 
     def _params(self, rng):
         """One crop's box and its six numbers for `augment`."""
@@ -207,18 +243,43 @@ class TrainClips(Clips):
         raise BadInput(f"100 videos in a row can't be read; the first: {fault}")
 
     def _open(self, video):
-        """-> (usable frames of a video, function of their ascending indices that yields as `read_frames`)."""
-        if self.cache is not None and video.name in self.cache:
-            held = self.cache[video.name]
-            return len(held), lambda wanted: (held[t] for t in wanted)
+        """-> (usable frames of a video, function of their ascending indices that yields as `read_frames`, shape of its
+        frames or None where they come)."""
         flow, rgb = open_views(video, self.store, self.rgb)
-        if self.cache is not None:
-            self.cache[video.name] = list(read_frames(video, flow, range(len(flow)), rgb))
-            return self._open(video)
-        return len(flow), lambda wanted: read_frames(video, flow, wanted, rgb)
+        shape = None if "rgb" in self.views else shape_of_film(flow)
+        n = len(flow) if flow else max(1, (len(rgb) if rgb else self._declared_frames(video)) - 1)
+        if self.cache is None:
+            return n, lambda wanted: read_frames(video, flow, wanted, rgb, views=self.views), shape
+        if video.name not in self.cache:
+            decoded = zip(count(), decode(video.path), repeat(None)) if not (flow or rgb) else read_frames(
+                video, flow, range(n), rgb, views=self.views)
+            self.cache[video.name] = list(decoded)
+        return n, lambda wanted: self._held(video, wanted), shape
+
+    def _declared_frames(self, video):
+        """Of a film of which nothing is in a store; looked up once."""
+        if video.path not in self.declared:
+            self.declared[video.path] = film_length(video.path)
+        return self.declared[video.path]
+
+    def _held(self, video, wanted):
+        held = self.cache[video.name]
+        if wanted[-1] >= len(held):
+            raise EndsEarly(video.path, len(held))
+        return (held[t] for t in wanted)
 
     def _crops(self, video, rng):
-        n, frames = self._open(video)
+        n, frames, shape = self._open(video)
+        again = copy.deepcopy(rng)
+        try:
+            return self._draw(n, frames, shape, rng)
+        except EndsEarly as e:
+            if not e.frames:
+                raise
+            return self._draw(max(1, e.frames - 1), frames, shape, again)
+
+    def _draw(self, n, frames, shape, rng):
+        """The crops of a film of n usable frames."""
         clips = {}
         for group, lengths in self.lengths.items():
             starts = [int(rng.integers(max(1, n - self.stride * (t - 1)))) for t in lengths]
@@ -228,7 +289,7 @@ class TrainClips(Clips):
                  for group in clips if clips[group]}
         wanted = sorted({t for group in boxed.values() for indices, _ in group for t in indices})
         return {group: {**views, "params": torch.tensor([p for _, p in drawn[group]], dtype=torch.float32)}
-                for group, views in cut_clips(frames(wanted), boxed, self.size).items()}
+                for group, views in cut_clips(frames(wanted), boxed, self.size, self.views, shape).items()}
 
 
 SPREAD = {"goca": (10, (0, 0.5, 1)), "fast": (4, (0.5,))}  # protocols of evenly spread test views: times, places
@@ -240,7 +301,7 @@ class TestClips(Clips):
     protocol "goca": 3 places along the longer side x 10 times evenly spread, K = 30 (paper, section 4). "fast": the
     centre x 4 times. "coclr": windows of T frames every 15 over the whole video, centre place (CoCLR, ViCC). A square
     is the whole short side.
-    views: ("rgb",) asks for no flow store and gives the same clips of RGB.
+    views: one alone gives the same clips of it; ("rgb",) asks for no flow store, ("flow",) for no video.
     Views that coincide, as in short videos and square frames, come once, with their share of the mean as `weight` [K].
     A video that can't be read, or takes more than `time_limit` seconds, all its views together, gives {"fault": why}.
     """
@@ -253,7 +314,8 @@ class TestClips(Clips):
         self.time_limit = time_limit
 
     def item_bytes(self):
-        return self.frames * self.size ** 2 * 5  # of one view; how many there are depends on the video
+        # of one test view; how many there are depends on the video
+        return self.frames * self.size ** 2 * bytes_of_pixel(self.views)
 
     def starts(self, n):
         """First frames of the views of a video with n usable frames."""
@@ -288,11 +350,12 @@ class TestClips(Clips):
             if n < 1:
                 raise BadInput(f"{video.path} has flow up to frame {video.first} only; extract its flow again: "
                                f"{flow.command}")
-            reader = self._reader(video)
+            reader = self._reader(video) if "rgb" in self.views else None
         views, weight, wanted = self._plan(n, h == 2 * w)
         come = ((t - video.first, *both) for t, *both in
-                read_frames(video, flow, [video.first + t for t in wanted], reader=reader))
-        return {**cut_clips(come, {"views": views}, self.size, self.views)["views"], "weight": weight}
+                read_frames(video, flow, [video.first + t for t in wanted], reader=reader, views=self.views))
+        shape = None if "rgb" in self.views else shape_of_film(flow)
+        return {**cut_clips(come, {"views": views}, self.size, self.views, shape)["views"], "weight": weight}
 
     def _rgb_views(self, video):
         """Without flow. Planned by the frames that the file declares, and again where others decode."""
@@ -439,11 +502,13 @@ def _augment_in_torch(clips, out):
     params = clips["params"]
     flip = params[:, 0].view(-1, 1, 1, 1, 1) > 0
     # colours and u, v as planes [B, C, T, S, S], still 8 bit: contiguous rows for all that follows
-    rgb, flow = (clips[view].movedim(-1, 1).contiguous() for view in ("rgb", "flow"))
-    rgb, flow = (torch.where(flip, x.flip(-1), x) for x in (rgb, flow))
-    out["rgb"].copy_(normalise_rgb(colour(rgb.float().div_(255), params).movedim(1, -1)))
-    out["flow"].copy_(normalise_flow(flow.movedim(1, -1)))
-    out["flow"][:, 0] *= 1 - 2 * flip[:, 0].float()
+    planes = {view: clips[view].movedim(-1, 1).contiguous() for view in out}
+    planes = {view: torch.where(flip, x.flip(-1), x) for view, x in planes.items()}
+    if "rgb" in out:
+        out["rgb"].copy_(normalise_rgb(colour(planes["rgb"].float().div_(255), params).movedim(1, -1)))
+    if "flow" in out:
+        out["flow"].copy_(normalise_flow(planes["flow"].movedim(1, -1)))
+        out["flow"][:, 0] *= 1 - 2 * flip[:, 0].float()
 
 
 # what becomes of each of the 256 levels, [1, 256, C]; of u mirrored, its negative
@@ -459,27 +524,33 @@ def _augment_in_8_bits(clips, out):
     to whole levels of 255: half a level from the other on average, three at most.
     """
     params = clips["params"]
-    size, contrast = clips["rgb"].shape[-2], params[:, 2].numpy()
-    matrices = _colour_matrices(params).numpy()
+    contrast, matrices = params[:, 2].numpy(), _colour_matrices(params).numpy()
     for k, (flip, *_, sigma) in enumerate(params.tolist()):
-        rgb, flow = (clips[view][k].flatten(0, 1).numpy() for view in ("rgb", "flow"))  # [T S, S, C], one tall picture
-        if flip:
-            rgb, flow = cv2.flip(rgb, 1), cv2.flip(flow, 1)
-        mean = np.dot(GREY, matrices[k] @ cv2.mean(rgb)[:3])
-        if sigma:
-            rgb = np.stack([cv2.GaussianBlur(frame, (0, 0), sigma, borderType=cv2.BORDER_REFLECT_101)
-                            for frame in rgb.reshape(-1, size, size, 3)]).reshape(rgb.shape)
-        shift = np.full((3, 1), (1 - contrast[k]) * mean)
-        rgb = cv2.transform(rgb, np.hstack([contrast[k] * matrices[k], shift]))
-        cv2.LUT(rgb, RGB_TABLE, dst=out["rgb"][k].movedim(0, -1).flatten(0, 1).numpy())
-        cv2.LUT(flow, FLOW_TABLES[flip > 0], dst=out["flow"][k].movedim(0, -1).flatten(0, 1).numpy())
+        # [T S, S, C], one tall picture
+        pictures = {view: clips[view][k].flatten(0, 1).numpy() for view in out}
+        pictures = {view: cv2.flip(x, 1) if flip else x for view, x in pictures.items()}
+        to = {view: x[k].movedim(0, -1).flatten(0, 1).numpy() for view, x in out.items()}
+        if "rgb" in out:
+            cv2.LUT(_colour_in_8_bits(pictures["rgb"], matrices[k], contrast[k], sigma), RGB_TABLE, dst=to["rgb"])
+        if "flow" in out:
+            cv2.LUT(pictures["flow"], FLOW_TABLES[flip > 0], dst=to["flow"])
+
+
+def _colour_in_8_bits(rgb, matrix, contrast, sigma):
+    """`colour` of one clip, uint8 [T S, S, 3], by its matrix [3, 3]."""
+    size = rgb.shape[1]
+    mean = np.dot(GREY, matrix @ cv2.mean(rgb)[:3])
+    if sigma:
+        rgb = np.stack([cv2.GaussianBlur(frame, (0, 0), sigma, borderType=cv2.BORDER_REFLECT_101)
+                        for frame in rgb.reshape(-1, size, size, 3)]).reshape(rgb.shape)
+    return cv2.transform(rgb, np.hstack([contrast * matrix, np.full((3, 1), (1 - contrast) * mean)]))
 
 
 def augment(batch, device):
     """A collated batch of TrainClips -> the clips that model.TwoView takes, on `device`.
 
-    -> [{"rgb": float32 [m, v, 3, T, S, S], "flow": [m, v, 2, T, S, S]}, ...] for long and short clips. Flow gets no
-    colour operation; a flip mirrors both views and negates u.
+    -> [{"rgb": float32 [m, v, 3, T, S, S], "flow": [m, v, 2, T, S, S]}, ...] for long and short clips, of the views
+    that the batch has. Flow gets no colour operation; a flip mirrors both views and negates u.
     """
     out = []
     for kind in ("long", "short"):
@@ -487,7 +558,7 @@ def augment(batch, device):
             continue
         clips = {k: t.to(device, non_blocking=True).flatten(0, 1) for k, t in batch[kind].items()}
         made = {view: torch.empty(clips[view].movedim(-1, 1).shape, dtype=torch.float32, device=device,
-                                  memory_format=torch.channels_last_3d) for view in ("rgb", "flow")}
-        (_augment_in_8_bits if clips["rgb"].device.type == "cpu" else _augment_in_torch)(clips, made)
+                                  memory_format=torch.channels_last_3d) for view in ("rgb", "flow") if view in clips}
+        (_augment_in_8_bits if clips["params"].device.type == "cpu" else _augment_in_torch)(clips, made)
         out.append({view: x.unflatten(0, batch[kind][view].shape[:2]) for view, x in made.items()})
     return out

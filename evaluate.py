@@ -1,7 +1,8 @@
 """Stage 4: what the representation is worth (paper section 4; Tables 1-8).
 
 In   a checkpoint of pretrain.py (or `none`: the untrained network), or other people's weights (`--weights`, see
-     support/weights.py), a labelled data set and its flow store.
+     support/weights.py), a labelled data set and its flow store;
+     of --views rgb the videos alone, of --views flow the store.
 Out  a table; with --json FILE {"protocol": {...}, "results": {view: {name: number}}, ...}.
 
     python evaluate.py retrieval --checkpoint runs/ucf101 --dataset ucf101 --videos UCF-101 --splits ucfTrainTestlist \\
@@ -34,12 +35,22 @@ from support.cli import Help, command_line
 from support.datasets import DATASETS, read_split
 from support.distributed import run_on_all_ranks, same_on_all_ranks, start_processes
 from support.errors import BadInput
-from support.features import NETWORK, Features, check_store, fingerprint, load_network, load_or_extract, view_matrix
+from support.features import (
+    NETWORK,
+    Features,
+    check_store,
+    fingerprint,
+    load_network,
+    load_or_extract,
+    only_views,
+    view_matrix,
+)
 from support.files import atomic, check_writable
 from support.kmeans import kmeans
 from support.metrics import KS, accuracy, cluster_scores, nearest, recall
 from support.reporting import mean_of_splits, print_classes, print_left_out, print_results, protocol_in_words
 from support.stores import FlowStore
+from support.training_flags import check_inputs
 from support.training_log import commit
 from support.watchdog import end_process_group
 from support.weights import export
@@ -47,7 +58,7 @@ from support.weights import export
 VIEWS = (*model.VIEWS, "rgb+flow")
 PRETRAINING = ("dataset", "split", "epochs", "global_batch", "optimizer", "lr", "lambda1", "lambda2", "prior_sign",
                "guide_start", "lead", "lead_epochs", "seed",
-               "prototypes")  # of a checkpoint's settings, repeated beside its numbers
+               "prototypes", "views")  # of a checkpoint's settings, repeated beside its numbers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,14 +67,18 @@ PRETRAINING = ("dataset", "split", "epochs", "global_batch", "optimizer", "lr", 
 def labelled_videos(env, split, subset):
     """The labelled videos of a subset -> VideoSet; those without a label are not used. Prints its notes."""
     s = env.s
-    found = read_split(s.dataset, s.videos, s.splits, split, subset)
+    found = read_split(s.dataset, s.videos, s.splits, split, subset, store=env.films)
     if env.rank == 0 and found.notes:
         print(*found.notes, sep="\n")
     videos = [v for v in found.videos if v.label >= 0]
     if not videos:
-        raise BadInput(f"{s.videos} has no labels, which {s.command} needs: put each class in a folder of its own")
+        raise BadInput(f"{found_in(env)} has no labels, which {s.command} needs: put each class in a folder of its own")
     bare = [f"{v.name}: there, but of no class" for v in found.videos if v.label < 0]
     return found._replace(videos=videos, unused=(*found.unused, *bare))
+
+
+def found_in(env):
+    return env.films.root if env.films else env.s.videos
 
 
 def check_classes(train, test, classes):
@@ -93,9 +108,12 @@ def with_common_classes(train, test):
 def train_and_test_features(env, split):
     """Features of the training and the test list -> (train, test), None on rank > 0."""
     lists = run_on_all_ranks(lambda: {x: labelled_videos(env, split, x) for x in ("train", "test")})
-    both = [load_or_extract(env.net, found, env.store, env.s, env.device, f"split{split}-{subset}", env.rank, env.world)
-            for subset, found in lists.items()]
+    both = [features_of(env, found, f"split{split}-{subset}") for subset, found in lists.items()]
     return (None, None) if env.rank else with_common_classes(*both)
+
+
+def features_of(env, found, what):
+    return load_or_extract(env.net, found, env.store, env.s, env.device, what, env.rank, env.world, env.whole)
 
 
 def listed(videos):
@@ -140,7 +158,7 @@ def retrieval(env, split):
 
 def cluster(env, split):
     found = run_on_all_ranks(lambda: labelled_videos(env, split, "test"))
-    test = load_or_extract(env.net, found, env.store, env.s, env.device, f"split{split}-test", env.rank, env.world)
+    test = features_of(env, found, f"split{split}-test")
     if env.rank:
         return None
     s, k = env.s, len(test.labels.unique())
@@ -198,16 +216,23 @@ def linear_on_features(env, split):
             "protocol": {"train": len(train.videos), "test": len(test.videos), "classes": len(train.classes)}}
 
 
+def with_flow(train, store, s):
+    """The training videos of which there is flow."""
+    without = [f"{v.name}: there, but without flow" for v in train.videos if v.name not in store]
+    train = train._replace(videos=[v for v in train.videos if v.name in store], unused=(*train.unused, *without))
+    if not train.videos:
+        raise BadInput(f"{s.flow} holds the flow of no training video; run: python flow.py --videos {s.videos} "
+                       f"--out {s.flow}")
+    return train
+
+
 def on_clips(env, split):
     """`finetune`, and `linear --on clips`."""
     s, frozen = env.s, env.s.command == "linear"
     train, test = with_common_classes(*run_on_all_ranks(
         lambda: [labelled_videos(env, split, subset) for subset in ("train", "test")]))
-    without = [f"{v.name}: there, but without flow" for v in train.videos if v.name not in env.store]
-    train = train._replace(videos=[v for v in train.videos if v.name in env.store], unused=(*train.unused, *without))
-    if not train.videos:
-        raise BadInput(f"{s.flow} holds the flow of no training video; run: python flow.py --videos {s.videos} "
-                       f"--out {s.flow}")
+    if "flow" in env.net.backbones:
+        train = with_flow(train, env.store, s)
     check_classes(*(torch.tensor([v.label for v in f.videos]) for f in (train, test)), train.classes)
     scale = s.scale or data.SCALES[env.settings["arch"]]
     settings = {k: env.settings[k] for k in NETWORK} | {"scale": list(scale)}
@@ -251,7 +276,7 @@ def protocol_of(env):
     centred = s.protocol == "coclr" and s.command in ("retrieval", "cluster")
     out = {"command": s.command, "protocol": s.protocol, "fusion": getattr(s, "fusion", None), "dataset": s.dataset,
            "split": s.split[0] if len(s.split) == 1 else s.split, "checkpoint": s.checkpoint,
-           "weights": fingerprint(env.net.backbones)[:16], "step": settings.get("step", 0),
+           "weights": fingerprint(env.whole.backbones)[:16], "step": settings.get("step", 0),
            "method": "untrained" if s.checkpoint == "none" else settings["method"],
            **{k: settings[k] for k in NETWORK}, "views": clips,
            "feature": f"backbone, pooled, {next(iter(env.net.backbones.values())).feature_dim}-d{pooled}",
@@ -267,20 +292,24 @@ def protocol_of(env):
 
 
 def environment(s, device, rank, world):
-    """What every command works on: the network with its settings, the flow store, the recipe. Raises BadInput."""
-    net, settings = load_network(s)
+    """What every command works on: the network of the views that are asked for, as part of `whole`, with its settings,
+    the flow store or None, `films`: that store where it alone says which there are, the recipe. Raises BadInput."""
+    whole, settings = load_network(s)
     for k in NETWORK:
         setattr(s, k, settings[k])
-    if s.command != "features":
-        known = [v for v in VIEWS if set(v.split("+")) <= set(net.backbones)]
-        s.views = s.views or known
-        for v in (v for v in s.views if v not in known):
-            raise BadInput(f"--views {v}: --weights {s.checkpoint} holds a network for {known[0]} only; name "
-                           f"files for both: --weights rgb=FILE flow=FILE")
-    store = FlowStore(s.flow)
-    check_store(store, settings, s)
-    net = net.to(device, memory_format=torch.channels_last_3d)
-    return SimpleNamespace(s=s, net=net, settings=settings, store=store, device=device, rank=rank, world=world,
+    known = [v for v in VIEWS if set(v.split("+")) <= set(whole.backbones)]
+    s.views = s.views or (list(whole.backbones) if s.command == "features" else known)
+    for v in (v for v in s.views if v not in known):
+        raise BadInput(f"--views {v}: {'--weights ' * bool(s.weights)}{s.checkpoint} holds a network for {known[0]} "
+                       f"only" + ("; name files for both: --weights rgb=FILE flow=FILE" if s.weights else ""))
+    views = [v for v in whole.backbones if any(v in asked.split("+") for asked in s.views)]
+    check_inputs(s, views)
+    store = FlowStore(s.flow) if s.flow else None
+    if store and "flow" in views:
+        check_store(store, settings, s)
+    whole = whole.to(device, memory_format=torch.channels_last_3d)
+    return SimpleNamespace(s=s, net=only_views(whole, views), whole=whole, settings=settings, store=store,
+                           films=None if "rgb" in views else store, device=device, rank=rank, world=world,
                            recipe=recipe_of(s))
 
 
@@ -346,17 +375,18 @@ def arguments(argv=None):
         of.add_argument("--weights", nargs="+", metavar="[rgb=|flow=]FILE",
                         help="an export, or weights of the released GOCA, CoCLR, ViCC, or torchvision")
         g.add_argument("--dataset", choices=DATASETS, default="folder")
-        g.add_argument("--videos", required=True, help="folder of videos")
+        g.add_argument("--videos", help="folder of videos; not needed with --views flow")
         g.add_argument("--splits", help="folder of the data set's official lists")
         g.add_argument("--split", type=int, nargs="+", default=[1], choices=(1, 2, 3), help="several: also their mean")
-        g.add_argument("--flow", required=True, help="flow store of flow.py")
+        g.add_argument("--flow", help="flow store of flow.py; not needed with --views rgb")
         g.add_argument("--json", help="file for the results")
         if name != "finetune":
             g.add_argument("--features", help="folder of features (default: RUN/features; none: not kept)")
         g = c.add_argument_group("protocol")
         g.add_argument("--protocol", choices=("goca", "coclr"), default="goca", help="test views")
+        g.add_argument("--views", nargs="+", choices=VIEWS[:2] if name == "features" else VIEWS, metavar="VIEW",
+                       help="rgb, flow, rgb+flow; default: all that there are networks for")
         if name != "features":
-            g.add_argument("--views", nargs="+", choices=VIEWS, help="default: all that there are networks for")
             other = "probability" if name in ("linear", "finetune") else "similarity"
             g.add_argument("--fusion", choices=("average", other), default="average", help="of rgb+flow")
         if name not in ("features", "cluster"):

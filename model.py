@@ -294,7 +294,7 @@ class Head(nn.Sequential):
 
 
 class TwoView(nn.Module):
-    """Two backbones, a projection head and the fixed prototypes (Fig. 2).
+    """Two backbones, a projection head and the fixed prototypes (Fig. 2); of one of `views` one backbone (SwAV).
 
     prototypes: [N, d] unit rows, a buffer: saved with the weights, never trained (section 3.3), unless
         `train_prototypes` (SwAV's way, Table 3 "No"): then a parameter, which `renormalise` puts back on the sphere.
@@ -303,11 +303,11 @@ class TwoView(nn.Module):
     """
 
     def __init__(self, prototypes, arch="s3d", width=1.0, hidden=2048, pool="avg", merge="shared",
-                 train_prototypes=False):
+                 train_prototypes=False, views=VIEWS):
         super().__init__()
-        self.backbones = nn.ModuleDict({v: Backbone(arch, CHANNELS[v], width, pool) for v in VIEWS})
-        feature_dim = self.backbones["rgb"].feature_dim
-        n_heads = 2 if merge == "separate" else 1
+        self.backbones = nn.ModuleDict({v: Backbone(arch, CHANNELS[v], width, pool) for v in VIEWS if v in views})
+        feature_dim = next(iter(self.backbones.values())).feature_dim
+        n_heads = len(self.backbones) if merge == "separate" else 1
         self.heads = nn.ModuleList(Head(feature_dim, hidden, prototypes.shape[1]) for _ in range(n_heads))
         prototypes = F.normalize(prototypes.float(), dim=1)
         if train_prototypes:
@@ -321,22 +321,22 @@ class TwoView(nn.Module):
         return self.backbones[view](clips)
 
     def forward(self, clips, frozen=None, scored=False):
-        """Clips -> unit features [G, V, m, d] (G = 2 views, or 1 for "average"; V crops; m videos).
+        """Clips -> unit features [G, V, m, d] (G = 2 views, or 1 for "average" and of one view; V crops; m videos).
 
         clips: a list over lengths (long, short) of {"rgb": [m, v, 3, T, S, S], "flow": [m, v, 2, T, S, S]}.
         frozen: a view that gets no gradient.
         scored: give (features, their scores [G, V, m, N]); DistributedDataParallel has to see all parameters in here.
         """
-        m = clips[0]["rgb"].shape[0]
+        m = len(next(iter(clips[0].values())))
         feats = []
-        for view in VIEWS:
+        for view in self.backbones:
             with torch.set_grad_enabled(torch.is_grad_enabled() and view != frozen):
                 per_length = [self.features(view, c[view].flatten(0, 1)).unflatten(0, (m, -1)) for c in clips]
             feats.append(torch.cat(per_length, dim=1).transpose(0, 1).flatten(0, 1))  # [V m, feature_dim], crop first
         if self.merge == "average":
             feats = [(feats[0] + feats[1]) / 2]
         out = [self.heads[i % len(self.heads)](f) for i, f in enumerate(feats)]  # G of [V m, d]
-        out = torch.stack([f.detach() if view == frozen else f for view, f in zip(VIEWS, out, strict=False)])
+        out = torch.stack([f.detach() if view == frozen else f for view, f in zip(self.backbones, out, strict=False)])
         features = F.normalize(out.float(), dim=-1).unflatten(1, (-1, m))
         return (features, self.scores(features)) if scored else features
 
@@ -358,10 +358,10 @@ class TwoView(nn.Module):
 def two_view(settings, prototypes):
     """The TwoView that a run's settings describe, freshly initialised from settings["seed"].
 
-    settings: arch, width, hidden, pool, method, heads, train_prototypes, seed, as pretrain.py stores them.
+    settings: arch, width, hidden, pool, method, heads, train_prototypes, views, seed, as pretrain.py stores them.
     prototypes: [N, d].
     """
     torch.manual_seed(settings["seed"])
     merge = "separate" if settings.get("heads") == 2 else METHODS[settings["method"]]
     return TwoView(prototypes, settings["arch"], settings["width"], settings["hidden"], settings["pool"], merge,
-                   settings.get("train_prototypes", False))
+                   settings.get("train_prototypes", False), settings.get("views", VIEWS))

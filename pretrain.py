@@ -6,10 +6,12 @@ Out  RUN/log.jsonl (one JSON object a line; the first holds command, commit and 
     torchrun --nproc-per-node 8 pretrain.py --dataset ucf101 --videos UCF-101 --splits ucfTrainTestlist \\
         --flow flow/ucf101 --prototypes prototypes.npz --out runs/ucf101
     python pretrain.py --dataset folder --videos my_videos --flow flow/mine --prototypes prototypes.npz --out runs/mine
+    python pretrain.py --dataset folder --videos my_videos --views rgb --prototypes prototypes.npz --out runs/rgb
 
 One step: each video's long and short crops of both views go through the two backbones and the head to unit features,
 their products with the prototypes are the scores, the long crops' scores are assigned (guided by the other view), and
-every crop predicts the assignments of the video's other long crops. The same command continues an interrupted run.
+every crop predicts the assignments of the video's other long crops. Of one view (--views) this is SwAV. The same
+command continues an interrupted run.
 
 Watch `loss` against ln N (6.908 for 1000 prototypes): a loss that stays there has collapsed. Defaults are the paper's;
 docs/paper.md lists what the paper leaves open and what was chosen.
@@ -49,7 +51,7 @@ from support.optim import LARS, AdamW, learning_rate, scaled_rate, set_rate
 from support.run import Run, continue_run, locked, named_failures
 from support.segments import expand
 from support.stores import FlowStore, RgbStore
-from support.training_flags import parser, without_effect
+from support.training_flags import choose_views, parser, without_effect
 from support.training_log import Log, against_out_of_memory, commit, plan
 from support.watchdog import end_process_group
 
@@ -207,7 +209,7 @@ def train_in(process, s):
     optimizer = make_optimizer(core, s)
     batches = data.EpochBatches(len(videos), s.batch_size, s.epochs, s.seed, rank, world, keep_last=s.keep_last)
     per_epoch = batches.steps_per_epoch
-    settings = {**vars(s), "global_batch": s.batch_size * world, "flow_header": store.header,
+    settings = {**vars(s), "global_batch": s.batch_size * world, "flow_header": store and store.header,
                 "train_videos": len(videos)}
     check_same_on_all_ranks(config_fingerprint(s, settings, videos, prototypes))
     out = Path(s.out)
@@ -232,7 +234,7 @@ def train_in(process, s):
 
 
 def network(s, prototypes, device, world):
-    """The two-view network of settings `s` on its device."""
+    """The network of settings `s` on its device."""
     net = model.two_view(vars(s), prototypes).to(device, memory_format=torch.channels_last_3d)
     if world > 1 and s.sync_batch_norm != "none":
         net = synchronise_batch_norm(net, synchronisation(s.sync_batch_norm, device))
@@ -251,19 +253,22 @@ def make_optimizer(net, s):
 
 
 def read_data(s):
-    """The training set of settings `s` -> FlowStore, VideoSet, its videos with flow (and RGB), their TrainClips, and
-    the prototypes [N, d]. Raises BadInput."""
-    store, rgb = FlowStore(s.flow), RgbStore(s.rgb) if s.rgb else None
-    found = read_split(s.dataset, s.videos, s.splits, s.split, "train", s.index)
-    found = found._replace(videos=expand(found.videos, store, rgb))
-    videos = [v for v in found.videos if v.name in store and (rgb is None or v.name in rgb)]
+    """The training set of settings `s` -> FlowStore or None, VideoSet, its videos with what --views needs of stores,
+    their TrainClips, and the prototypes [N, d]. Raises BadInput."""
+    store = FlowStore(s.flow) if "flow" in s.views else None
+    rgb = RgbStore(s.rgb) if s.rgb and "rgb" in s.views else None
+    found = read_split(s.dataset, s.videos, s.splits, s.split, "train", s.index, None if "rgb" in s.views else store)
+    stores = [each for each in (store, rgb) if each]
+    if stores:
+        found = found._replace(videos=expand(found.videos, stores[0], rgb, frames="rgb" in s.views))
+    videos = [v for v in found.videos if all(v.name in each for each in stores)]
     if not videos:
-        raise BadInput(f"{s.flow} holds the flow{f', or {s.rgb} the RGB,' if rgb else ''} of none of the "
-                       f"{len(found.videos)} videos below {s.videos}; run: python flow.py --videos {s.videos} "
-                       f"--out {s.flow}{f' --rgb {s.rgb}' if rgb else ''}")
+        raise BadInput(f"{' or '.join(f'{each.root} holds the {each.KIND}' for each in stores)} of none of the "
+                       f"{len(found.videos)} videos below {s.videos or s.flow}; run: python flow.py --videos "
+                       f"{s.videos or 'DIR'} --out {s.flow or 'FLOW'}{f' --rgb {s.rgb}' if rgb else ''}")
     clips = data.TrainClips(videos, store, frames=s.frames, short_frames=s.short_frames, n_short=s.short_crops,
                             size=s.size, stride=s.stride, scale=tuple(s.scale), seed=s.seed, cache=s.cache,
-                            time_limit=s.time_limit, rgb=rgb)
+                            time_limit=s.time_limit, rgb=rgb, views=tuple(s.views))
     _, arrays = load_arrays(s.prototypes, "prototypes", f"python prototypes.py --out {s.prototypes}")
     return store, found, videos, clips, torch.from_numpy(arrays["prototypes"])
 
@@ -285,6 +290,7 @@ def arguments(argv=None):
     p = parser(every="--help-all" in argv)
     s = p.parse_args(argv)
     world = int(os.environ.get("WORLD_SIZE", 1))
+    choose_views(s)
     if s.method == "avg" and s.heads == 2:
         raise BadInput("--method avg has one feature a clip, so no use for --heads 2")
     if (s.lead == "none") != (s.lead_epochs == 0):

@@ -30,7 +30,7 @@ RESUMABLE = {"device", "workers", "cache", "log_every", "save_every", "videos", 
              "out", "index", "time_limit", "max_faults", "keep", "plan", "compile", "recompute", "timeout",
              "tensorboard", "save_minutes", "extend"}
 # settings that earlier versions' checkpoints lack, and what they did
-ADDED = {"lead": "none", "lead_epochs": 0, "init": None}
+ADDED = {"lead": "none", "lead_epochs": 0, "init": None, "views": ["rgb", "flow"]}
 
 
 class Damaged(BadInput):
@@ -259,10 +259,12 @@ def start_from(path, net, settings, say):
     state = _weights_of(path)
     own = net.state_dict()
     parts = {"backbones": "backbones.", "projection head": "heads.", "prototypes": "prototypes"}
-    fits, said = {}, []
+    fits, said, views = {}, [], {view_of(k) for k in own if k.startswith("backbones.")}
     for part, prefix in parts.items():
         wanted = {k: v for k, v in own.items() if k.startswith(prefix)}
-        have = {k: v for k, v in state.items() if k.startswith(prefix)}
+        # of a run of both views, one may go on alone
+        have = {k: v for k, v in state.items()
+                if k.startswith(prefix) and (part != "backbones" or view_of(k) in views)}
         fit = wanted.keys() == have.keys() and all(have[k].shape == v.shape for k, v in wanted.items())
         if part == "backbones" and not fit:
             amiss = next((k for k in wanted if k not in have or have[k].shape != wanted[k].shape), "more layers")
@@ -279,6 +281,11 @@ def start_from(path, net, settings, say):
     say(f"--init {path}: {'; '.join(said)}")
 
 
+def view_of(name):
+    """Of a backbone's tensor, backbones.VIEW. and so on."""
+    return name.split(".")[1]
+
+
 def _weights_of(path):
     """{name: tensor} as of a TwoView, from a run, a checkpoint or an export."""
     if Path(path).is_dir():
@@ -288,5 +295,5 @@ def _weights_of(path):
     except Exception:  # says what is wrong with it
         state = load_checkpoint(path)
     if isinstance(state, dict) and state.get("kind") == "backbones":
-        return {f"backbones.{view}.{k}": t for view in ("rgb", "flow") for k, t in state[view].items()}
+        return {f"backbones.{view}.{k}": t for view in ("rgb", "flow") for k, t in state.get(view, {}).items()}
     return load_checkpoint(path)["model"]

@@ -242,7 +242,8 @@ def fit_clips(net, views, found, store, recipe, s, settings, frozen, what, devic
         optimizer.load_state_dict(state["optimizer"])
     start = state["step"] if state else 0
     clips = data.TrainClips(found.videos, store, frames=settings["frames"], n_long=1, n_short=0, size=settings["size"],
-                            stride=settings["stride"], scale=tuple(settings["scale"]), seed=s.seed, cache=s.cache)
+                            stride=settings["stride"], scale=tuple(settings["scale"]), seed=s.seed, cache=s.cache,
+                            views=tuple(views))
     batches = data.EpochBatches(len(found.videos), s.batch_size, recipe.epochs, s.seed, rank, world)
     log = EpochLog(what, batches.steps_per_epoch * recipe.epochs, batches.steps_per_epoch, rank, start, state)
     labels = torch.tensor([v.label for v in found.videos])
@@ -289,10 +290,12 @@ def predict_clips(classifier, found, store, s, device, what, rank, world):
 
     -> (probabilities [n, classes], places in found.videos of the n that could be read, faults).
     """
-    clips = data.TestClips(found.videos, store, protocol=s.protocol, frames=s.frames, size=s.size, stride=s.stride)
+    views = tuple(v for v in model.VIEWS if v in classifier.backbones)
+    clips = data.TestClips(found.videos, store, views=views, protocol=s.protocol, frames=s.frames, size=s.size,
+                           stride=s.stride)
     own = range(rank, len(found.videos), world)
     loader = Loader(clips, lambda done: {"sampler": own[done:], "batch_size": None}, s.workers)
-    views, rows, faults = [v for v in model.VIEWS if v in classifier.backbones], {}, []
+    rows, faults = {}, []
     for group in group_by_views(tqdm(loader, desc=what, unit="video", mininterval=1, disable=rank > 0), s.batch_views):
         faults += [i["fault"] for i in group if "fault" in i]
         group = [i for i in group if "fault" not in i]

@@ -33,7 +33,7 @@ from support.flow_methods import choose_backend
 from support.flow_pipeline import Job, Settings, declared_fps, extract_video
 from support.inference import mean_over_views
 from support.stores import FlowStore
-from support.videos import declared_frames, decode, file_stat, find_videos
+from support.videos import file_stat, film_length, find_videos
 from support.weights import Backbones, read_state
 from support.worker_pool import cores, run_in_processes
 
@@ -173,9 +173,7 @@ def probe(job, settings, report):
     """(path,) -> (frames, frames a second) as the file declares them; counted where it doesn't. Work of
     `run_in_processes`."""
     path = job[0]
-    next(decode(path))  # refuses what is no video, before anything else opens it
-    frames = declared_frames(path) or sum(1 for _ in decode(path))
-    return frames, declared_fps(path)
+    return film_length(path), declared_fps(path)
 
 
 def pieces_of(path, name, frames, fps, segment, mark):

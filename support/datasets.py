@@ -9,13 +9,13 @@ import csv
 import json
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 from support.errors import BadInput
 from support.video_index import Index
-from support.videos import VIDEO_SUFFIXES, find_videos
+from support.videos import VIDEO_SUFFIXES, Found, find_videos
 
 
 class Video(NamedTuple):
@@ -306,19 +306,28 @@ def _choose(names, label):
     return next((n for n in names if label and label in n.replace(" ", "_").split(os.sep)), names[0])
 
 
-def read_split(dataset, videos, splits=None, split=1, subset="train", index=None):
+def films_of(store, videos):
+    """The films of a flow store as `find_videos` gives those of a folder; paths of lists are below `videos`."""
+    films = store.films()
+    if not films:
+        raise BadInput(f"{store.root} holds no flow yet; run: {store.command}")
+    return Found(os.fspath(videos or store.root), films, 0, Counter(), None)
+
+
+def read_split(dataset, videos, splits=None, split=1, subset="train", index=None, store=None):
     """The videos of one subset of a data set -> VideoSet, in the split file's order.
 
     dataset: a key of DATASETS. videos: the folder of videos. splits: the folder of the official lists (none needed for
     "folder"; optional for "k400"). split: 1-3 (UCF101, HMDB51). subset: "train" or "test".
     index: a file of `scan`; videos of which it knows that fewer than two frames decode are left out.
+    store: a FlowStore whose films are taken in place of those of `videos`, which need not be there.
     Raises BadInput where a folder or list is missing or malformed, or none of the listed videos is there.
     """
     if splits is None and dataset not in ("folder", "k400"):
         raise BadInput(f"--dataset {dataset} needs --splits, the folder of its lists")
     if splits is not None and not os.path.isdir(splits):
         raise BadInput(f"--splits {splits} is no folder")
-    found = find_videos(videos)
+    found = films_of(store, videos) if store else find_videos(videos)
     try:
         classes, entries, notes = DATASETS[dataset](found, splits, split, subset)
     except BadInput:
@@ -345,6 +354,7 @@ def read_split(dataset, videos, splits=None, split=1, subset="train", index=None
     notes += [f"{len(x)} entries of the {subset} list {words}, as {x[0]}" for x, words in (
         (repeated, "name a video once more and are passed over"), (several, "fit several videos; one is taken")) if x]
     if not kept:
-        raise BadInput(f"none of the {len(entries)} videos of {dataset}'s {subset} list is below {videos} and decodes "
+        where = f"in {store.root}" if store else f"below {videos} and decodes"
+        raise BadInput(f"none of the {len(entries)} videos of {dataset}'s {subset} list is {where} "
                        f"(the first would be {(absent or faulty or ['-'])[0]})")
     return VideoSet(kept, classes, absent, faulty, notes=(*found.notes(), *notes))

@@ -31,7 +31,7 @@ from support.errors import BadInput
 from support.files import load_arrays, save_arrays
 from support.inference import group_by_views, mean_over_views
 from support.loader import Loader
-from support.weights import load
+from support.weights import Backbones, load
 
 BLOCK = 16  # videos between two saves
 NETWORK = ("arch", "width", "pool", "frames", "size", "stride")  # settings that decide what a feature is
@@ -82,6 +82,11 @@ def fingerprint(module):
     for name, t in module.state_dict().items():
         h.update(name.encode() + t.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()
+
+
+def only_views(net, views):
+    """The part of a network that is of some of its views; the network itself where those are all."""
+    return net if set(views) == set(net.backbones) else Backbones({v: net.backbones[v] for v in views})
 
 
 def check_store(store, settings, s):
@@ -143,22 +148,35 @@ def join_blocks(parts):
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
 
-def load_or_extract(net, found, store, s, device, what, rank=0, world=1):
-    """The features of a VideoSet, from the file that holds them if there is one -> Features (None on rank > 0).
-
-    Raises BadInput where none of the videos can be read, or the file is of other weights, videos, flow or views.
-    """
-    videos = found.videos
+def place_of(net, found, store, s, device, what):
+    """-> (header of a VideoSet's features by a network, its hash, the file that keeps them or None)."""
+    of_flow = "flow" in net.backbones
     header = {"weights": fingerprint(net.backbones), **{k: getattr(s, k) for k in (*NETWORK, "protocol")},
-              "precision": "bf16" if device.type == "cuda" else "float32", "flow": store.header,
-              "videos": hashlib.sha256(json.dumps([(v.name, v.label) for v in videos]).encode()).hexdigest(),
-              "without_flow": [v.name for v in videos if v.name not in store]}
+              "precision": "bf16" if device.type == "cuda" else "float32", "flow": store.header if of_flow else None,
+              "videos": hashlib.sha256(json.dumps([(v.name, v.label) for v in found.videos]).encode()).hexdigest(),
+              "without_flow": [v.name for v in found.videos if v.name not in store] if of_flow else None}
     key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
     at = Path(s.weights[-1].rpartition("=")[2] if s.weights else s.checkpoint)
     folder = s.features or (None if s.checkpoint == "none" else (at if at.is_dir() else at.parent) / "features")
-    if folder is None and world > 1:
+    return header, key, folder and Path(folder) / f"{s.dataset}-{what}-{s.protocol}-{key}.npz"
+
+
+def load_or_extract(net, found, store, s, device, what, rank=0, world=1, whole=None):
+    """The features of a VideoSet, from the file that holds them if there is one -> Features (None on rank > 0).
+
+    store: None where the network is of RGB alone. whole: a network of more views, of which `net` is a part: where its
+    features are kept, they are taken.
+    Raises BadInput where none of the videos can be read, or the file is of other weights, videos, flow or views.
+    """
+    videos = found.videos
+    header, key, path = place_of(net, found, store, s, device, what)
+    if path is None and world > 1:
         raise BadInput("several processes need --features, the folder in which they share their work")
-    path = folder and Path(folder) / f"{s.dataset}-{what}-{s.protocol}-{key}.npz"
+    if path and not path.exists() and whole not in (None, net) and store:
+        *of_whole, other = place_of(whole, found, store, s, device, what)
+        # of the same videos: of what lacks flow, or whose flow is damaged, it has none
+        if other.exists() and len(load_arrays(other, "features", "")[1]["kept"]) == len(videos):
+            (header, key), path = of_whole, other
     made_by = f"python evaluate.py features --{'weights' if s.weights else 'checkpoint'} {s.checkpoint}"
     if path is None or not path.exists():
         joined = _extract_all(net, videos, store, s, device, what, path, rank, world)

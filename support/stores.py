@@ -90,6 +90,17 @@ class Store:
     def __contains__(self, name):
         return os.path.isfile(self.path(name))
 
+    def films(self):
+        """{name: a file of it} of the videos that the store holds, sorted; one in segments is one video."""
+        found = {}
+        for folder, _, files in os.walk(self.root, followlinks=True):
+            for file in sorted(files):
+                if file.endswith(".avi") and not file.startswith("."):
+                    cut = SEGMENT.fullmatch(file)
+                    name = os.path.relpath(os.path.join(folder, cut[1] if cut else file[:-len(".avi")]), self.root)
+                    found.setdefault(name, os.path.join(folder, file))
+        return dict(sorted(found.items()))
+
     def segments(self, name):
         """Names of the segments of a video, in order, as they were when this store was first asked for one in that
         folder; [] where it isn't cut."""

@@ -5,6 +5,7 @@ import argparse
 import model
 from support.cli import Help, Parser, fraction, non_negative, non_negative_int, positive, positive_int
 from support.datasets import DATASETS
+from support.errors import BadInput
 
 
 def parser(every):
@@ -20,10 +21,10 @@ def parser(every):
 
     g = p.add_argument_group("input and output")
     g.add_argument("--dataset", choices=DATASETS, default="folder")
-    g.add_argument("--videos", required=True, help="folder of videos")
+    g.add_argument("--videos", help="folder of videos; not needed with --views flow")
     g.add_argument("--splits", help="folder of the data set's official lists")
     g.add_argument("--split", type=int, default=1, choices=(1, 2, 3), help="UCF101 and HMDB51")
-    g.add_argument("--flow", required=True, help="flow store of flow.py")
+    g.add_argument("--flow", help="flow store of flow.py; not needed with --views rgb")
     more("--rgb", help="RGB store of flow.py --rgb, read in place of the videos")
     more("--index", help="file of support.video_index: leave out what it found not to decode")
     g.add_argument("--prototypes", required=True, help="file of prototypes.py")
@@ -31,7 +32,10 @@ def parser(every):
     more("--init", metavar="RUN|FILE", help="begin with the weights of a run or an export")
     more("--extend", action="store_true", help="let the run in --out go on with more --epochs than it began with")
     g = p.add_argument_group("method")
-    g.add_argument("--method", choices=model.METHODS, default="goca", help="others: baselines of Table 1")
+    g.add_argument("--method", choices=model.METHODS, help="default: goca, of one view sview; others: baselines of "
+                                                           "Table 1")
+    g.add_argument("--views", nargs="+", choices=model.VIEWS, default=list(model.VIEWS), metavar="VIEW",
+                   help="rgb or flow alone: SwAV on it")
     g.add_argument("--lambda1", type=positive, default=0.02, help="weight of the entropy, Eq. 5 (Table 2)")
     g.add_argument("--lambda2", type=non_negative, default=0.03, help="weight of the prior, Eq. 6")
     more("--prior-sign", type=int, choices=(1, -1), default=1, help="-1: the released code's anti-prior")
@@ -92,17 +96,45 @@ def parser(every):
     return p
 
 
+ONE_VIEW = {"goca": "guiding takes the other view's assignment as its prior (Eqs. 6, 7)",
+            "vicc": "each view predicts the other's assignments", "avg": "it averages the features of both",
+            "sep": "both go through one head"}
+
+
+def choose_views(s):
+    """Settle --views and --method, which of one view is sview. Raises BadInput where they or the inputs don't fit."""
+    s.views = [view for view in model.VIEWS if view in s.views]
+    one = len(s.views) == 1
+    s.method = s.method or ("sview" if one else "goca")
+    if one and s.method != "sview":
+        raise BadInput(f"--method {s.method} needs two views, for {ONE_VIEW[s.method]}; --views {s.views[0]} trains "
+                       f"SwAV on that view, --method sview, the default there")
+    check_inputs(s, s.views)
+
+
+def check_inputs(s, views):
+    """Raise BadInput where what a view is read from isn't given."""
+    if "flow" in views and not s.flow:
+        raise BadInput("--flow is missing: the store of flow.py that flow is read from; or take --views rgb, which "
+                       "needs none")
+    if "rgb" in views and not s.videos:
+        raise BadInput("--videos is missing: the folder of the videos; or take --views flow, which needs the flow "
+                       "store alone")
+
+
 def without_effect(s, p):
     """Messages about flags that differ from their default and that nothing reads in this run."""
     idle = {"method": {"goca": ["alternate"], "vicc": [], "sep": ["alternate"], "sview": ["alternate", "heads"],
                        "avg": ["alternate"]}[s.method],
             "optimizer": ["trust"] if s.optimizer != "lars" else [],
-            "short_crops": ["short_frames"] if not s.short_crops else []}
+            "short_crops": ["short_frames"] if not s.short_crops else [],
+            "views": ["rgb"] if s.views == ["flow"] else []}
     if s.method != "goca":
         idle["method"] += ["lambda2", "prior_sign", "guide_start", "lead", "lead_epochs"]
     for cause, names in idle.items():
         for name in (name for name in names if getattr(s, name) != p.get_default(name)):
+            value = getattr(s, cause)
             yield (f"--{name.replace('_', '-')} {getattr(s, name)} has no effect with --{cause.replace('_', '-')} "
-                   f"{getattr(s, cause)}")
+                   f"{' '.join(value) if isinstance(value, list) else value}")
     if s.method == "goca" and s.guide_start >= s.epochs:
         yield f"--guide-start {s.guide_start} is not reached in --epochs {s.epochs}: the views never guide each other"

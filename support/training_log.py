@@ -49,10 +49,14 @@ def crops_in_words(s):
     return f"2 crops of {s.frames} and {s.short_crops} of {s.short_frames} frames, {s.size} px"
 
 
+def views_in_words(s):
+    return "both views" if len(s.views) == 2 else f"one view, {s.views[0]}"
+
+
 def against_out_of_memory(s):
     """What was asked for, and what helps, for an error message."""
-    return (f"--batch-size {s.batch_size}, each video in both views of {crops_in_words(s)}. What helps: --recompute (a "
-            f"third more time, the same result), --batch-size {max(1, s.batch_size // 2)} --accumulate "
+    return (f"--batch-size {s.batch_size}, each video in {views_in_words(s)} of {crops_in_words(s)}. What helps: "
+            f"--recompute (a third more time, the same result), --batch-size {max(1, s.batch_size // 2)} --accumulate "
             f"{2 * s.accumulate} (each half is assigned by itself; a new run), fewer --short-crops, --short-frames or "
             f"--frames, a smaller --size")
 
@@ -61,11 +65,14 @@ def plan(s, found, videos, net, batches, start, device, world, operator):
     """What a run is about to do, in a few lines. found: a VideoSet, videos: those of it that are used."""
     n, batch, total = len(net.prototypes), s.batch_size * world, batches.steps_per_epoch * s.epochs
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    stores = [*(["flow"] if "flow" in s.views else []), *(["RGB"] if s.rgb and "rgb" in s.views else [])]
+    without = f", {len(found.videos) - len(videos)} without {' or '.join(stores)}" if stores else ""
     rest = f"and one of {batches.rest}" if batches.rest else f"{len(videos) % batch} videos left out of each"
     return (
-        f"{s.method} on {s.dataset} in {s.videos}: {len(videos)} videos ({len(found.absent)} listed but absent, "
-        f"{len(found.faulty)} that do not decode, {len(found.videos) - len(videos)} without "
-        f"flow{' or RGB' if s.rgb else ''}); both views of {crops_in_words(s)}; {s.workers} loader processes"
+        f"{s.method} on {s.dataset} in {s.videos if 'rgb' in s.views else s.flow}: {len(videos)} videos "
+        f"({len(found.absent)} listed but absent, "
+        f"{len(found.faulty)} that do not decode{without}); {views_in_words(s)} of {crops_in_words(s)}; "
+        f"{s.workers} loader processes"
         f"{' for each process' if world > 1 else ''}\n"
         + "".join(f"{note}\n" for note in found.notes) +
         f"{s.arch}, width {s.width:g}, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, "

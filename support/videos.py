@@ -166,6 +166,12 @@ def declared_frames(path, fps=0):
     return max(0, count - streams.hidden_frames(_plain(path)))
 
 
+def film_length(path):
+    """Frames that a film declares; counted where it declares none. Raises BadInput as `decode`."""
+    next(decode(path))  # refuses what is no video, before anything else opens it
+    return declared_frames(path) or sum(1 for _ in decode(path))
+
+
 def cut_short(path, frames, declared):
     """A message if fewer frames decode than the file declares, else None; declarations are loose: 5 % may lack. Of a
     folder of images: one if there are gaps."""

@@ -30,7 +30,7 @@ from support.files import atomic
 
 KEPT = ("arch", "width", "pool", "frames", "size", "stride", "method", "dataset", "split", "epochs", "global_batch",
         "optimizer", "lr", "lambda1", "lambda2", "prior_sign", "guide_start", "lead", "lead_epochs",
-        "seed", "flow_header")
+        "seed", "flow_header", "views")
 _ONE = {"0": "conv", "1": "bn"}
 _SPLIT = {"0.0": "conv1", "0.1": "bn1", "1.0": "conv2", "1.1": "bn2"}
 _MIXED = {**{f"branch0.{a}": f"branch0.0.{b}" for a, b in _ONE.items()},
@@ -233,8 +233,11 @@ def _own(path, state, view, pool):
     settings = state["settings"]
     if pool and pool != settings["pool"]:
         raise BadInput(f"{path} was trained with --pool {settings['pool']}, not {pool}; leave the flag out")
-    out = {}
-    for v in [view] if view else model.VIEWS:
+    out, there = {}, [v for v in model.VIEWS if v in state]
+    if not there or (view and view not in there):
+        raise BadInput(f"{path} holds no network{f' for {view}' if view else ''}; it is an export "
+                       f"{f'for {there[0]} only' if there else 'that is damaged'}")
+    for v in [view] if view else there:
         out[v] = model.Backbone(settings["arch"], model.CHANNELS[v], settings["width"], settings["pool"])
         try:
             out[v].load_state_dict(state[v])
@@ -272,12 +275,12 @@ def load(*files, pool=None):
 def export(checkpoint, path):
     """Write the backbones of a run, without head, prototypes and optimizer, to a file that `load` reads.
 
-    It is a torch.save of {"settings": plain values, "rgb": state dict of model.Backbone, "flow": likewise}. Paths that
-    the run's settings hold are left out.
+    It is a torch.save of {"settings": plain values, "rgb": state dict of model.Backbone, "flow": likewise}, of the
+    views that were trained. Paths that the run's settings hold are left out.
     """
     state = load_checkpoint(checkpoint)
     settings = {k: v for k, v in state["settings"].items() if k in KEPT}
     parts = {v: {k.removeprefix(f"backbones.{v}."): t.clone() for k, t in state["model"].items()
-                 if k.startswith(f"backbones.{v}.")} for v in model.VIEWS}
+                 if k.startswith(f"backbones.{v}.")} for v in settings.get("views", model.VIEWS)}
     with atomic(path) as tmp:
         torch.save({"kind": "backbones", "version": 1, "settings": {**settings, "step": state["step"]}, **parts}, tmp)

@@ -97,7 +97,7 @@ VALID = "--videos v --flow f --prototypes p --out r"
     (f"```\npython pretrain.py {VALID} --epoch 3\n```", "unrecognized arguments: --epoch"),
     ("```\npython pretrain.py --videos v\n```", "required"),
     (f"```\npython pretrain.py @presets/nothing {VALID}\n```", "presets/nothing"),
-    ("```\ntorchrun --nproc-per-node 8 evaluate.py \\\n    finetune --checkpoint r\n```", "required"),
+    ("```\ntorchrun --nproc-per-node 8 evaluate.py \\\n    finetune --videos v\n```", "required"),
     (f"```\nsbatch launch/slurm.sh {VALID} --made-up 3\n```", "unrecognized arguments: --made-up"),
     ("With `SET` for `--per-class`:\n```\npython flow.py --videos v --out o SET\n```", "arguments: --per-class"),
 ])
