@@ -114,7 +114,7 @@ def test_pieces_are_cut_from_their_frames_in_one_pass(tmp_path, monkeypatch):
         seen = {round(t.float().mean().item() / 5) for clip in item["rgb"] for t in clip}
         assert {first, first + 8} <= seen <= set(range(first, first + 9))  # the last frame has no flow
     assert len(opened) == 1
-    assert "ends before frame 40" in clips[4]["fault"]
+    assert "ends at frame 40" in clips[4]["fault"]
 
 
 # --- index -----------------------------------------------------------------------------------------------------------
