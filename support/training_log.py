@@ -92,7 +92,7 @@ class Log:
     before: `state` of the start that is continued; the lines then are those of an uninterrupted run.
     """
 
-    PATIENCE = 2  # epochs, or a tenth of all: what lasts longer than that beyond the warm-up is worth a warning
+    PATIENCE = 2  # epochs, or a third of all: what lasts longer than that beyond the warm-up is worth a warning
 
     def __init__(self, out, s, rank, world, step, total, per_epoch, ln_n, before=None):
         self.path, self.s, self.head, self.world = out / "log.jsonl", s, rank == 0, world
@@ -222,10 +222,11 @@ class Log:
     def collapse(self, line):
         """Messages about what a collapsed network looks like, each once.
 
-        Every run starts near ln N and with features near one vector; so these two are said only where they last.
+        Every run starts near ln N, or above it, with features near one vector, and healthy ones may stay there for a
+        third of a short run; so these are said only where they last.
         """
         self.most = max(self.most, line["prototypes_in_use"])
-        patience = max(self.PATIENCE, self.s.epochs / 10)
+        patience = max(self.PATIENCE, self.s.epochs / 3)
         signs = self._signs(line) if line["epoch"] > self.s.warmup_epochs else {}
         for sign in [sign for sign in self.since_epoch if sign not in signs]:
             del self.since_epoch[sign]
@@ -239,8 +240,8 @@ class Log:
         """{sign of collapse: (whether it has to last, message)}."""
         signs = {}
         if line["loss"] > 1.05 * self.ln_n:
-            signs["loss above ln N"] = False, (
-                f"the loss, {line['loss']:.3f}, is above ln N = {self.ln_n:.3f}, which knowing nothing would give: "
+            signs["loss above ln N"] = True, (
+                f"the loss, {line['loss']:.3f}, stays above ln N = {self.ln_n:.3f}, which knowing nothing would give: "
                 f"the learning rate may be too high")
         elif line["loss"] > 0.99 * self.ln_n:
             signs["loss at ln N"] = True, (

@@ -266,7 +266,8 @@ def test_unreadable_training_videos_are_said(tiny, tmp_path, capsys):
         (store / p.relative_to(tiny.flow)).write_bytes(p.read_bytes())
     name = read_split("ucf101", tiny.videos, tiny.splits).videos[0].name
     (store / f"{name}.avi").write_bytes(b"rubbish")
-    more = ["--views", "flow", "--epochs", "1", "--batch-size", "20", "--out", str(tmp_path / "o"), "--flow", str(store)]
+    more = ["--views", "flow", "--epochs", "1", "--batch-size", "20", "--out",
+            str(tmp_path / "o"), "--flow", str(store)]
     assert command(tiny, "linear", *UNTRAINED, "--on", "clips", *more) == 0
     assert f"1 training videos could not be read and were replaced by others; one: {store}" in capsys.readouterr().out
 
