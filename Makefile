@@ -13,7 +13,7 @@ $(VENV)/installed: requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed, this is ' + sys.version)"
 	@echo "=== installing the packages of requirements.txt into $(VENV): a minute or two, more where torch is downloaded"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	touch $@
 
 # The compiled operator, rebuilt where its sources changed. Without a compiler everything runs on the reference.
@@ -26,10 +26,11 @@ SEED ?= 0
 SET = --dataset ucf101 --videos $(DEMO)/films/videos --splits $(DEMO)/films/splits --flow $(DEMO)/flow
 NET = --arch r2plus1d18 --width 0.125 --frames 8 --stride 2 --size 32
 demo: $(VENV)/installed
-	@echo "=== 1/8 the compiled operator (a minute; without a compiler the PyTorch reference is used)"
-	@$(MAKE) --no-print-directory build || echo "it could not be built: all runs on the reference, slower"
-	@echo "=== 2/8 films of jointed figures, 10 actions"
-	@$(BIN)/python -m experiments.walkers --out $(DEMO)/films --train 400 --test 200 --sheet $(DEMO)/films.png
+	@echo "=== 1/8 the compiled operator (a minute; without a compiler the PyTorch reference is used),"
+	@echo "=== 2/8 and meanwhile films of jointed figures, 10 actions"
+	@{ $(MAKE) --no-print-directory build || echo "it could not be built: all runs on the reference, slower"; } & \
+	    $(BIN)/python -m experiments.walkers --out $(DEMO)/films --train 400 --test 200 --sheet $(DEMO)/films.png; \
+	    status=$$?; wait; exit $$status
 	@echo "=== 3/8 optical flow (coarser TV-L1 than the default, for speed)"
 	@$(BIN)/python flow.py --videos $(DEMO)/films/videos --out $(DEMO)/flow --short-side 0 --warps 1 --epsilon 0.03
 	@echo "=== 4/8 prototypes (Eq. 11)"
