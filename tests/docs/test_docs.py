@@ -80,7 +80,7 @@ VALID = "--videos v --flow f --prototypes p --out r"
     ("`tests/test_goca.py::test_nothing`", "no such test"),
     ("```\nsupport/nothing.py   a file tree\n```", "support/nothing.py: there is none"),
     ("`goca.nothing`", "no such name"),
-    ("`make nothing`", "no such target"),
+    ("`make nothing`", "no such target"), ("`make demo SEAD=7`", "no such variable"),
     ("```\nmake demo nothing\n```", "no such target"),
     ("`--made-up`", "no command takes that"),
     ("`--protocol nothing`", "no command takes that"),

@@ -233,7 +233,9 @@ def wrong_commands(page):
         if complete and words[:1] not in (["python"], ["torchrun"], ["sbatch"], ["make"]):
             continue  # output, a file tree
         if words[:1] == ["make"]:
-            yield from (f"make {t}: the Makefile has no such target" for t in words[1:] if t not in targets)
+            variables = set(re.findall(r"^([A-Z_]+) [?:]?=", (ROOT / "Makefile").read_text(), re.MULTILINE))
+            yield from (f"make {t}: the Makefile has no such {'variable' if '=' in t else 'target'}" for t in words[1:]
+                        if (t.split("=")[0] not in variables if "=" in t else t not in targets))
         elif words[:1] and words[0].startswith("--") and not complete:
             words = [word.rstrip(",") for word in words]
             if all(any(partly(parser, words)) for parser in all_parsers()):
