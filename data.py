@@ -6,9 +6,10 @@ Out  training: for each video the clips of both views, "2 long + 4 short" (multi
      and flow of one clip cut from the same frames, the same place and with the same flip.
      testing: 3 spatial x 10 temporal views, or sliding windows, without augmentation.
 
-Workers decode, cut and resize on uint8, one frame after the other while it is in the cache (`TrainClips`, `TestClips`);
-flip, colour and blur run on whole batches of tensors on the training device (`augment`). Everything random follows from
-(seed, epoch, index of the video) alone.
+Workers decode (support/frames.py), cut and resize (support/crops.py) on uint8, one frame after the other while it is in
+the cache (`TrainClips`, `TestClips`); support/epoch_batches.py chooses the videos of each batch. Flip, colour and blur
+run on whole batches of tensors on the training device (`augment`). Everything random follows from (seed, epoch, index
+of the video) alone.
 
 Conventions. A video of n decoded frames has n-1 flow frames (flow t moves frame t to frame t+1), so a clip draws its
 frames from the first n-1. A video shorter than a clip is repeated from its start. Declared frame counts are not used,
@@ -18,167 +19,31 @@ but for RGB alone without any store (`views=("rgb",)`), and there only as far as
 import copy
 import math
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from functools import lru_cache
 from itertools import count, repeat
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import Sampler
 
+from support.crops import Box, cut_clips
 from support.errors import BadInput
+from support.frames import READ_ERRORS, EndsEarly, error_message, open_views, read_frames, shape_of_film
 from support.loader import Clips
-from support.videos import FilmReader, declared_frames, decode, film_length, frames_at, with_time_limit
+from support.videos import FilmReader, declared_frames, decode, film_length, with_time_limit
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Clips
 # ---------------------------------------------------------------------------------------------------------------------
-class Box(NamedTuple):
-    """A square of a frame in fractions: side of the short side, x and y of the room that is left."""
-    side: float
-    x: float
-    y: float
-
-
-def square(box, h, w):
-    """A box in the pixels of an h x w frame: (y, x, side)."""
-    side = max(1, round(min(h, w) * box.side))
-    return round((h - side) * box.y), round((w - side) * box.x), side
-
-
-def cut(frame, box, size):
-    """Cut a square out of a frame and resize it: uint8 [H, W, ...] -> [size, size, ...]."""
-    y, x, side = square(box, *frame.shape[:2])
-    how = cv2.INTER_AREA if side >= 2 * size else cv2.INTER_LINEAR  # below, bilinear misses nothing and is fast
-    return cv2.resize(frame[y:y + side, x:x + side], (size, size), interpolation=how)
-
-
-def cut_same_region(plane, box, size, h, w):
-    """Cut out of a plane [h', w'] of any resolution what `cut` takes out of an h x w frame of the same film.
-
-    The frame's square falls between the plane's pixels; its place is kept to a fraction of a pixel, or to half a pixel
-    of the plane where it shrinks to half or less.
-    """
-    y, x, side = square(box, h, w)
-    down, right = plane.shape[0] / h, plane.shape[1] / w
-    if down == right == 1:
-        return cut(plane, box, size)
-    if side * down >= 2 * size:
-        piece = plane[round(y * down):round((y + side) * down), round(x * right):round((x + side) * right)]
-        return cv2.resize(piece, (size, size), interpolation=cv2.INTER_AREA)
-    dy, dx = side * down / size, side * right / size  # a pixel of the clip, in the plane's; pixels are at their centres
-    at = np.array([[dx, 0, x * right + (dx - 1) / 2], [0, dy, y * down + (dy - 1) / 2]])
-    return cv2.warpAffine(plane, at, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-                          borderMode=cv2.BORDER_REPLICATE)
-
-
-def open_views(video, store, rgb=None):
-    """The stores' files of a video -> (AviReader of its flow, AviReader of its RGB), each None without such a store.
-
-    Raises BadInput, naming the file, if one is missing or damaged, or the two are not of the same film.
-    """
-    flow = store.open(video.name) if store else None
-    frames = rgb.open(video.name) if rgb else None
-    if flow is None or frames is None:
-        return flow, frames
-    size, size_then = (reader.header.get("source_bytes") for reader in (frames, flow))
-    if (len(frames), size) != (len(flow) + 1, size_then):
-        raise BadInput(f"{frames.path} holds {len(frames)} frames of a video of {size} bytes, but {flow.path} is the "
-                       f"flow of {len(flow) + 1} frames of one of {size_then} bytes; remove both and run again: "
-                       f"{frames.command}")
-    return flow, frames
-
-
-class EndsEarly(BadInput):
-    """A film of `frames` frames, fewer than it declares."""
-
-    def __init__(self, path, frames):
-        super().__init__(f"{path} ends at frame {frames}, before it should" if frames else
-                         f"{path} holds no frame that OpenCV can decode; is it a video?")
-        self.frames = frames
-
-
-def read_frames(video, flow, wanted, rgb=None, reader=None, views=("rgb", "flow")):
-    """Yield (t, frame uint8 [H, W, 3] in BGR order, flow uint8 [2h, w], u over v) for each t of `wanted`
-    (ascending), in one pass.
-
-    flow, rgb: of `open_views`; without rgb the video is decoded, by `reader`, a FilmReader, if one is given. views: of
-    one view the other is None, and no file of it is read. Raises BadInput, naming the file, if one can't be read or the
-    video ends before its flow; of RGB alone EndsEarly, where it ends before a wanted frame.
-    """
-    if "rgb" not in views:
-        yield from ((t, None, planes) for t, planes in zip(wanted, flow.frames(wanted), strict=True))
-        return
-    if "flow" not in views:
-        reader, last = reader or (None if rgb else FilmReader(video.path)), None
-        for last, frame in zip(wanted, rgb.frames(wanted), strict=True) if rgb else reader.frames_at(wanted):
-            yield last, frame, None
-        if last != wanted[-1]:
-            raise EndsEarly(video.path, reader.position)
-        return
-    if rgb is not None:
-        source = zip(wanted, rgb.frames(wanted), strict=True)
-    else:
-        # at the rate that its flow was made at
-        source = reader.frames_at(wanted) if reader else frames_at(video.path, wanted, flow.header.get("fps", 0))
-    last = None
-    for (t, frame), planes in zip(source, flow.frames(wanted), strict=False):
-        yield t, frame, planes
-        last = t
-    if last != wanted[-1]:
-        raise BadInput(f"{video.path} has fewer frames than its flow {flow.path}; has it changed? Remove the flow "
-                       f"and run again: {flow.command}")
-
-
 def clip_indices(start, frames, stride, n):
     """Frames of a clip; past the end of a short video it starts again."""
     return [(start + stride * i) % n for i in range(frames)]
 
 
-def shape_of_film(flow):
-    """(H, W) of the frames that a flow is of; that of its planes where it doesn't say."""
-    h, w = flow.shape
-    return tuple(flow.header.get("source_size", (w, h // 2)))[::-1]
-
-
-def cut_clips(frames, groups, size, views=("rgb", "flow"), shape=None):
-    """Cut clips out of frames as they come -> {group: {"rgb": uint8 [v, T, S, S, 3], "flow": uint8 [v, T, S, S, 2]}}.
-
-    frames: of `read_frames`. groups: {group: [(frame indices, Box), ...]}, the clips of a group of one length. shape:
-    (H, W) of the film's frames, needed where only their flow comes. Colour order and u, v are sorted after the cut,
-    where frames are small.
-    """
-    out, uses = {}, defaultdict(list)
-    for group, clips in groups.items():
-        clip = len(clips), len(clips[0][0]), size, size
-        out[group] = {view: np.empty((*clip, 3 if view == "rgb" else 2), np.uint8) for view in views}
-        for k, (indices, box) in enumerate(clips):
-            for i, t in enumerate(indices):
-                uses[t].append((box, {view: x[k, i] for view, x in out[group].items()}))
-    for t, frame, planes in frames:
-        for box, to in uses[t]:
-            if "rgb" in views:
-                cv2.cvtColor(cut(frame, box, size), cv2.COLOR_BGR2RGB, dst=to["rgb"])
-            if "flow" in views:
-                u_v = planes[:len(planes) // 2], planes[len(planes) // 2:]
-                h, w = shape or frame.shape[:2]
-                cv2.merge([cut_same_region(plane, box, size, h, w) for plane in u_v], dst=to["flow"])
-    return {group: {view: torch.from_numpy(x) for view, x in by_view.items()} for group, by_view in out.items()}
-
-
 def bytes_of_pixel(views):
     return 3 * ("rgb" in views) + 2 * ("flow" in views)
-
-
-READ_ERRORS = (BadInput, OSError, cv2.error)  # what a file may do to its reader
-
-
-def error_message(video, error):
-    """One message that names the file."""
-    return str(error) if isinstance(error, BadInput) else f"{video.path} failed: {' '.join(str(error).split())}"
 
 
 # short side of a frame before the crop, over the crop's: 136-190 px over 128 for S3D, 128-160 over 112 for R(2+1)D-18
@@ -385,49 +250,6 @@ class TestClips(Clips):
         if not self.reader or self.reader.path != video.path or self.reader.position > video.first:
             self.reader = FilmReader(video.path)
         return self.reader
-
-
-class EpochBatches(Sampler):
-    """Batches of (epoch, index) for one process out of `world`, from global step `start` to the last epoch's end.
-
-    Every epoch is a new permutation from (seed, epoch); the global batch is the same however many processes share it.
-    What does not fill a batch is left out, as in SwAV, or, with keep_last, is an epoch's last and smaller one: parts
-    that differ by one video at most, and left out only where a process would have none.
-    """
-
-    def __init__(self, n, batch_size, epochs, seed=0, rank=0, world=1, start=0, keep_last=False):
-        self.batch, rest = batch_size * world, n % (batch_size * world)
-        self.rest = rest if keep_last and rest >= world else 0
-        self.steps_per_epoch = n // self.batch + (self.rest > 0)
-        if n < self.batch:
-            raise BadInput(f"--batch-size {batch_size} x {world} process(es) is more than the {n} videos there are; "
-                           f"choose {max(1, n // world)} or less")
-        self.n, self.batch_size, self.epochs, self.seed = n, batch_size, epochs, seed
-        self.rank, self.world, self.start = rank, world, start
-
-    def __len__(self):
-        return self.steps_per_epoch * self.epochs - self.start
-
-    def after(self, done):
-        """For `Loader`: the batches from the `done`-th on."""
-        rest = copy.copy(self)
-        rest.start += done
-        return {"batch_sampler": rest}
-
-    def rows(self, step):
-        """The number of videos of each process in a global step."""
-        last = self.rest and step % self.steps_per_epoch == self.steps_per_epoch - 1
-        size, more = divmod(self.rest if last else self.batch, self.world)
-        return [size + (rank < more) for rank in range(self.world)]
-
-    def __iter__(self):
-        for epoch in range(self.start // self.steps_per_epoch, self.epochs):
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
-            first = self.start % self.steps_per_epoch if epoch == self.start // self.steps_per_epoch else 0
-            for step in range(first, self.steps_per_epoch):
-                rows = self.rows(step)
-                at = step * self.batch + sum(rows[:self.rank])
-                yield [(epoch, int(i)) for i in order[at:at + rows[self.rank]]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

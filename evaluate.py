@@ -21,7 +21,6 @@ length of a clip every 15 frames, averaged, centred by their set's mean; cosine.
 Under torchrun several processes share the networks' work. The same command gives the same digits.
 """
 
-import argparse
 import json
 import time
 from types import SimpleNamespace
@@ -29,12 +28,12 @@ from types import SimpleNamespace
 import torch
 
 import data
-import model
 from support.classifiers import FINETUNE, LINEAR, fit_clips, fit_features, predict_clips, predict_features
-from support.cli import Help, command_line
-from support.datasets import DATASETS, read_split
+from support.cli import command_line
+from support.datasets import read_split
 from support.distributed import run_on_all_ranks, same_on_all_ranks, start_processes
 from support.errors import BadInput
+from support.evaluation_flags import VIEWS, parser
 from support.features import (
     NETWORK,
     Features,
@@ -55,7 +54,6 @@ from support.training_log import commit
 from support.watchdog import end_process_group
 from support.weights import export
 
-VIEWS = (*model.VIEWS, "rgb+flow")
 PRETRAINING = ("dataset", "split", "epochs", "global_batch", "optimizer", "lr", "lambda1", "lambda2", "prior_sign",
                "guide_start", "lead", "lead_epochs", "seed",
                "prototypes", "views")  # of a checkpoint's settings, repeated beside its numbers
@@ -362,55 +360,7 @@ def recipe_of(s):
 
 
 def arguments(argv=None):
-    p = argparse.ArgumentParser(prog="evaluate.py", description="Evaluate a representation.")
-    commands = p.add_subparsers(dest="command", required=True)
-    about = {"features": "extract and keep features", "retrieval": "R@k of nearest neighbours (Tables 1-5)",
-             "cluster": "Acc, NMI, F1 of k-means (Table 6)", "linear": "linear probe (Table 8)",
-             "finetune": "fine-tuning (Table 7)"}
-    for name in COMMANDS:
-        c = commands.add_parser(name, help=about[name], formatter_class=Help)
-        g = c.add_argument_group("input and output")
-        of = g.add_mutually_exclusive_group(required=True)
-        of.add_argument("--checkpoint", help="a run's folder, a checkpoint, or none (untrained network)")
-        of.add_argument("--weights", nargs="+", metavar="[rgb=|flow=]FILE",
-                        help="an export, or weights of the released GOCA, CoCLR, ViCC, or torchvision")
-        g.add_argument("--dataset", choices=DATASETS, default="folder")
-        g.add_argument("--videos", help="folder of videos; not needed with --views flow")
-        g.add_argument("--splits", help="folder of the data set's official lists")
-        g.add_argument("--split", type=int, nargs="+", default=[1], choices=(1, 2, 3), help="several: also their mean")
-        g.add_argument("--flow", help="flow store of flow.py; not needed with --views rgb")
-        g.add_argument("--json", help="file for the results")
-        if name != "finetune":
-            g.add_argument("--features", help="folder of features (default: RUN/features; none: not kept)")
-        g = c.add_argument_group("protocol")
-        g.add_argument("--protocol", choices=("goca", "coclr"), default="goca", help="test views")
-        g.add_argument("--views", nargs="+", choices=VIEWS[:2] if name == "features" else VIEWS, metavar="VIEW",
-                       help="rgb, flow, rgb+flow; default: all that there are networks for")
-        if name != "features":
-            other = "probability" if name in ("linear", "finetune") else "similarity"
-            g.add_argument("--fusion", choices=("average", other), default="average", help="of rgb+flow")
-        if name not in ("features", "cluster"):
-            g.add_argument("--per-class", action="store_true", help="print a table of the classes")
-        if name == "cluster":
-            g.add_argument("--runs", type=int, default=50, help="of k-means")
-        if name in ("linear", "finetune"):
-            train_arguments(c, name)
-        g = c.add_argument_group("network (of --checkpoint none; others know their own)")
-        g.add_argument("--arch", choices=model.ARCHITECTURES)
-        g.add_argument("--width", type=float)
-        g.add_argument("--pool", choices=("avg", "1x2x2"))
-        g.add_argument("--frames", type=int, help="of a clip (default: as trained)")
-        g.add_argument("--stride", type=int, help="default: as trained")
-        g.add_argument("--size", type=int, help="px (default: as trained)")
-        g = c.add_argument_group("run")
-        g.add_argument("--seed", type=int, default=0)
-        g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-        g.add_argument("--workers", type=int, default=2, help="loader processes")
-        g.add_argument("--batch-views", type=int, default=32, help="clips a forward pass")
-    c = commands.add_parser("export", help="the backbones of a run in a file of their own, for --weights")
-    c.add_argument("--checkpoint", required=True, help="a run's folder or a checkpoint")
-    c.add_argument("--out", required=True, help="file to write")
-    s = p.parse_args(argv)
+    s = parser().parse_args(argv)
     if s.command == "export":
         return s
     if s.weights:
@@ -428,22 +378,6 @@ def arguments(argv=None):
         if s.scale and not 1 <= s.scale[0] <= s.scale[1]:
             raise BadInput(f"--scale {s.scale[0]} {s.scale[1]}: must be 1 <= LOW <= HIGH")
     return s
-
-
-def train_arguments(c, name):
-    recipes = LINEAR if name == "linear" else FINETUNE
-    g = c.add_argument_group("training")
-    if name == "linear":
-        g.add_argument("--on", choices=("features", "clips"), default="features",
-                       help="features: stored, no augmentation (fast); clips: with augmentation (faithful)")
-    g.add_argument("--recipe", choices=recipes, default="vicc")
-    g.add_argument("--epochs", type=int, help=f"default: {', '.join(f'{r.epochs} ({n})' for n, r in recipes.items())}")
-    g.add_argument("--lr", type=float, help=f"default: {', '.join(f'{r.lr} ({n})' for n, r in recipes.items())}")
-    g.add_argument("--batch-size", type=int, default=32, help="a process (CoCLR, ViCC)")
-    g.add_argument("--out", help="folder of checkpoints of training on clips; an interrupted one there is continued")
-    g.add_argument("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                   help="short side before cropping, over size (default: as in pre-training)")
-    g.add_argument("--cache", action="store_true", help="keep decoded videos in memory, once a loader process")
 
 
 def main():

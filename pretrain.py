@@ -45,6 +45,7 @@ from support.distributed import (
     same_on_all_ranks,
     start_processes,
 )
+from support.epoch_batches import EpochBatches
 from support.errors import BadInput
 from support.files import load_arrays
 from support.optim import LARS, AdamW, learning_rate, scaled_rate, set_rate
@@ -207,7 +208,7 @@ def train_in(process, s):
     store, found, videos, clips, prototypes = run_on_all_ranks(lambda: read_data(s))
     core = network(s, prototypes, device, world)
     optimizer = make_optimizer(core, s)
-    batches = data.EpochBatches(len(videos), s.batch_size, s.epochs, s.seed, rank, world, keep_last=s.keep_last)
+    batches = EpochBatches(len(videos), s.batch_size, s.epochs, s.seed, rank, world, keep_last=s.keep_last)
     per_epoch = batches.steps_per_epoch
     settings = {**vars(s), "global_batch": s.batch_size * world, "flow_header": store and store.header,
                 "train_videos": len(videos)}

@@ -17,6 +17,9 @@ Videos
     streams         time stamps and changes of size, which OpenCV doesn't give
     video_index     how many frames each really gives (python -m support.video_index)
     datasets        the published lists of data sets: which videos, which labels
+    frames          frames of a video with its flow, from the stores or decoded
+    crops           squares cut out of them: the pixels of clips
+    epoch_batches   which videos make a batch, in any number of processes
     loader          clips through torch's DataLoader, when any file may crash its reader
     worker_pool     many files in processes, when any may crash, stall or fill the memory
 Optical flow (stage 1)
@@ -37,6 +40,7 @@ Training (stage 3)
     batch_norm      batch norm over the whole batch
     watchdog        hung and lost processes
 Evaluation (stage 4)
+    evaluation_flags  the flags of evaluate.py
     features        features of every video of a list, extracted once and kept
     inference       test clips through a network, averaged by video
     classifiers     linear probe and fine-tuning

@@ -23,6 +23,7 @@ import model
 from support.batch_norm import synchronisation, synchronise_batch_norm
 from support.checkpoints import load_checkpoint, save_checkpoint
 from support.distributed import run_on_first_rank
+from support.epoch_batches import EpochBatches
 from support.errors import BadInput
 from support.features import fingerprint
 from support.files import atomic
@@ -132,7 +133,7 @@ def fit_features(train, labels, classes, recipe, s, device, what):
     torch.manual_seed(s.seed)
     classifier = Classifier({}, train[0].shape[1], classes, recipe, frozen=True).to(device)
     optimizer = classifier_optimizer(classifier, recipe)
-    batches = data.EpochBatches(len(labels), s.batch_size, recipe.epochs, s.seed)
+    batches = EpochBatches(len(labels), s.batch_size, recipe.epochs, s.seed)
     check_batch(classifier, s.batch_size)
     train, labels = [f.to(device) for f in train], labels.to(device)
     for step, batch in enumerate(tqdm(batches, desc=what, unit="step", mininterval=1)):
@@ -244,7 +245,7 @@ def fit_clips(net, views, found, store, recipe, s, settings, frozen, what, devic
     clips = data.TrainClips(found.videos, store, frames=settings["frames"], n_long=1, n_short=0, size=settings["size"],
                             stride=settings["stride"], scale=tuple(settings["scale"]), seed=s.seed, cache=s.cache,
                             views=tuple(views))
-    batches = data.EpochBatches(len(found.videos), s.batch_size, recipe.epochs, s.seed, rank, world)
+    batches = EpochBatches(len(found.videos), s.batch_size, recipe.epochs, s.seed, rank, world)
     log = EpochLog(what, batches.steps_per_epoch * recipe.epochs, batches.steps_per_epoch, rank, start, state)
     labels = torch.tensor([v.label for v in found.videos])
     memory = f"--batch-size {s.batch_size}. What helps: a smaller --batch-size or --size, fewer --frames"

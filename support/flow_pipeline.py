@@ -71,7 +71,7 @@ def frames_of(path, about, limit=None, fps=0):
     about: a dict that is filled with the size and rate of the frames, how many the file declares, and how many came so
     far. Raises BadInput as `decode`, and if there is one frame only or the file can't be read to its end.
     """
-    # of each file too: clips are decoded at the rate that their flow was made at (data.read_frames)
+    # of each file too: clips are decoded at the rate that their flow was made at (support.frames.read_frames)
     about |= {"source": os.path.basename(path), "source_frames": 0, **({"fps": fps} if fps else {})}
     for frame in itertools.islice(decode(path, fps), limit):
         if about["source_frames"] == 0:

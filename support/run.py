@@ -67,7 +67,7 @@ class Run:
     core        the module whose weights are saved; `net` is what the loop calls: in several processes it also shares
                 the gradients
     statistics  model.Statistics of core: batch norms forget a step that is dropped
-    clips       a `loader.Clips`; batches: its data.EpochBatches, from step 0
+    clips       a `loader.Clips`; batches: its epoch_batches.EpochBatches, from step 0
     log         training_log.Log or one with the same methods
     save        save(state), on the first process; state: settings, step, model, optimizer and log.entries()
     file        the checkpoint that it writes; advice: against gradients that are not finite; error messages name both

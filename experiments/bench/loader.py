@@ -30,6 +30,7 @@ from experiments.bench.measure import in_turns, row
 from support import flow_pipeline
 from support.avi import write_avi
 from support.datasets import Video
+from support.epoch_batches import EpochBatches
 from support.loader import keep_freed_memory, start_worker
 from support.stores import FlowStore, RgbStore, quantise, rgb_settings, shrink
 from support.videos import decode, find_videos
@@ -146,7 +147,7 @@ def through_a_process(clips, rounds=10):
         return time.process_time() + of_children.ru_utime + of_children.ru_stime
 
     n, start = len(clips), spent()
-    batches = DataLoader(clips, batch_sampler=data.EpochBatches(n, n, rounds), num_workers=1,
+    batches = DataLoader(clips, batch_sampler=EpochBatches(n, n, rounds), num_workers=1,
                          worker_init_fn=start_worker)
     assert sum(len(batch["index"]) for batch in batches) == rounds * n
     return 1e3 * (spent() - start) / (rounds * n)

@@ -12,8 +12,11 @@ from helpers.clips import NEUTRAL, batch_of, film, numbered, values
 
 import data
 from support.avi import write_avi
+from support.crops import Box, cut, cut_same_region
 from support.datasets import read_split
+from support.epoch_batches import EpochBatches
 from support.errors import BadInput
+from support.frames import read_frames
 from support.stores import FlowStore
 from support.videos import decode
 
@@ -218,7 +221,7 @@ def test_changed_video_is_noticed(store, tmp_path):
     videos, flows = store(20)
     film(tmp_path / "videos" / "a.avi", numbered(7))
     with pytest.raises(BadInput, match="fewer frames than its flow"):
-        list(data.read_frames(videos[0], flows.open("a"), range(19)))
+        list(read_frames(videos[0], flows.open("a"), range(19)))
 
 
 def test_goca_views_are_3_places_by_10_times(store):
@@ -250,9 +253,9 @@ def test_one_box_cuts_the_same_place_at_any_resolution(scale, size):
         y, x = np.mgrid[:h, :w] + 0.5
         return np.uint8(np.rint(y / h * 250)), np.uint8(np.rint(x / w * 250))  # how far down and right, at any scale
 
-    box = data.Box(0.77, 0.6, 0.3)  # 46 px of 60, from x = 20.4 -> 20, y = 4.2 -> 4
+    box = Box(0.77, 0.6, 0.3)  # 46 px of 60, from x = 20.4 -> 20, y = 4.2 -> 4
     for frame, plane, start, length in zip(picture(1), picture(scale), (4, 20), (60, 80), strict=True):
-        ours, alike = data.cut(frame, box, size), data.cut_same_region(plane, box, size, 60, 80)
+        ours, alike = cut(frame, box, size), cut_same_region(plane, box, size, 60, 80)
         # half a pixel of the clip in levels, and half a level of rounding in each
         assert np.abs(ours.astype(int) - alike).max() <= 0.5 * 46 / size / length * 250 + 1
         middle = (start + 46 * (size // 2 + 0.5) / size) / length * 250
@@ -261,23 +264,23 @@ def test_one_box_cuts_the_same_place_at_any_resolution(scale, size):
 
 # --- batches ---------------------------------------------------------------------------------------------------------
 def test_processes_share_one_permutation():
-    one = list(data.EpochBatches(23, 6, 3, seed=5))
-    shares = [list(data.EpochBatches(23, 2, 3, seed=5, rank=r, world=3)) for r in range(3)]
+    one = list(EpochBatches(23, 6, 3, seed=5))
+    shares = [list(EpochBatches(23, 2, 3, seed=5, rank=r, world=3)) for r in range(3)]
     assert [[*a, *b, *c] for a, b, c in zip(*shares, strict=True)] == one
     first, second = ([i for batch in one[at:at + 3] for _, i in batch] for at in (0, 3))  # two epochs
     assert len(one) == 9 and len(set(first)) == 18 and first != second
 
 
 def test_batches_continue_anywhere():
-    whole = list(data.EpochBatches(23, 6, 3, seed=5))
+    whole = list(EpochBatches(23, 6, 3, seed=5))
     for start in range(len(whole)):
-        rest = data.EpochBatches(23, 6, 3, seed=5, start=start)
+        rest = EpochBatches(23, 6, 3, seed=5, start=start)
         assert list(rest) == whole[start:] and len(rest) == len(whole) - start
 
 
 def test_batch_larger_than_the_data_set_is_refused():
     with pytest.raises(BadInput, match=r"--batch-size 8 x 3 process\(es\) is more than the 23 videos.*choose 7"):
-        data.EpochBatches(23, 8, 1, world=3)
+        EpochBatches(23, 8, 1, world=3)
 
 
 # --- augmentation ----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 import data
 from support.avi import write_avi
 from support.datasets import read_split
+from support.epoch_batches import EpochBatches
 from support.errors import BadInput
 from support.loader import Loader, start_worker
 from support.stores import FlowStore, RgbStore, rgb_settings, shrink
@@ -144,7 +145,7 @@ def batches(films):
     clips = data.TrainClips(videos, flows, frames=6, short_frames=4, size=16)
 
     def make(workers=0, batch_size=2, **k):
-        return list(DataLoader(clips, batch_sampler=data.EpochBatches(6, batch_size, 2, **k), num_workers=workers,
+        return list(DataLoader(clips, batch_sampler=EpochBatches(6, batch_size, 2, **k), num_workers=workers,
                                worker_init_fn=start_worker if workers else None))
     return make
 
@@ -197,9 +198,9 @@ def test_files_that_vanish_break_or_stall_cost_their_samples_alone(films, monkey
             time.sleep(60)
         return real(path, wanted)
 
-    monkeypatch.setattr(data, "frames_at", frames_at)
+    monkeypatch.setattr("support.frames.frames_at", frames_at)
     clips = data.TrainClips(videos, flows, frames=6, n_short=0, size=16, time_limit=0.5)
-    loader = DataLoader(clips, batch_sampler=data.EpochBatches(6, 2, 8), num_workers=2, worker_init_fn=start_worker)
+    loader = DataLoader(clips, batch_sampler=EpochBatches(6, 2, 8), num_workers=2, worker_init_fn=start_worker)
     got = []
     for k, batch in enumerate(loader):
         got += zip(batch["index"].tolist(), batch["fault"], batch["long"]["rgb"], strict=True)
@@ -228,7 +229,7 @@ def test_what_a_codec_raises_is_a_fault_of_its_video(films, monkeypatch):
             raise OSError(5, "Input/output error", path)
         return real(path, wanted)
 
-    monkeypatch.setattr(data, "frames_at", frames_at)
+    monkeypatch.setattr("support.frames.frames_at", frames_at)
     clips = data.TrainClips(videos, flows, frames=6, n_short=0, size=16)
     faults = [clips[(0, k)]["fault"] for k in range(3)]
     assert re.fullmatch(r"\S+/a\.avi failed: .*resize'", faults[0])
@@ -300,7 +301,7 @@ def test_pretraining_reads_the_store(tiny, tmp_path, capsys):
 def crashes(monkeypatch, name, does):
     """Reading the film `name` does that; others are read."""
     real = read_frames_at
-    monkeypatch.setattr(data, "frames_at",
+    monkeypatch.setattr("support.frames.frames_at",
                         lambda path, wanted, fps: does() if path.endswith(name) else real(path, wanted))
 
 
@@ -315,7 +316,7 @@ def unreadable():
 def test_a_film_that_crashes_its_reader_costs_its_samples_alone(films, monkeypatch):
     """The batches are those in which it is just unreadable; it is named, and no process ends for it again."""
     videos, flows = films
-    batches = data.EpochBatches(6, 2, 3)
+    batches = EpochBatches(6, 2, 3)
 
     def clips():
         return data.TrainClips(videos, flows, frames=6, short_frames=4, size=16)
@@ -345,5 +346,5 @@ def test_processes_that_all_end_are_not_the_films(films, monkeypatch):
     clips = data.TrainClips(videos * 4, flows, frames=6, n_short=0, size=16)
     monkeypatch.setattr(Loader, "MAX_RESTARTS", 1)
     with pytest.raises(RuntimeError, match="DataLoader worker"):
-        list(Loader(clips, data.EpochBatches(24, 12, 1).after, 1))
+        list(Loader(clips, EpochBatches(24, 12, 1).after, 1))
     assert len(clips.ended) == 1  # at the second without a batch between it was over

@@ -26,6 +26,7 @@ sys.path.insert(0, {root!r})
 import data
 from support.cli import command_line
 from support.datasets import read_split
+from support.epoch_batches import EpochBatches
 from support.loader import Loader
 from support.stores import FlowStore
 
@@ -39,7 +40,7 @@ if __name__ == "__main__":
     command_line(main)
 """
 TRAINING = ("Loader(data.TrainClips(videos, store, frames=8, n_short=0, size=112), "
-            "data.EpochBatches(6, {batch}, 1).after, {workers})")
+            "EpochBatches(6, {batch}, 1).after, {workers})")
 TESTING = ("Loader(data.TestClips(videos, store, frames=6, size=112), "
            "lambda done: {{'sampler': range(done, 6), 'batch_size': None}}, {workers})")
 
@@ -116,7 +117,7 @@ def test_processes_that_fall_silent_are_given_up(monkeypatch, choice):
 
 def test_a_film_that_stalls_in_evaluation_is_a_fault(films, monkeypatch):
     found = read_split("folder", films / "films").videos
-    monkeypatch.setattr(data, "frames_at",
+    monkeypatch.setattr("support.frames.frames_at",
                         lambda path, t, fps: time.sleep(9) if "b.avi" in str(path) else frames_at(path, t))
     clips = data.TestClips(found, FlowStore(films / "flow"), frames=4, size=16, time_limit=0.5)
     assert clips[1] == {"index": 1, "fault": f"{found[1].path} gave nothing for 0.5 s; see whether its disk is well"}

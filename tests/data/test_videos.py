@@ -73,7 +73,7 @@ def test_a_video_that_stalls_in_training_is_replaced(folder, tmp_path, monkeypat
         planes = np.full((sum(1 for _ in decode(path)) - 1, 64, 48), 128, np.uint8)
         write_avi(store / f"{name}.avi", planes, {})
     real = frames_at
-    monkeypatch.setattr(data, "frames_at",
+    monkeypatch.setattr("support.frames.frames_at",
                         lambda path, t, fps: time.sleep(9) if "2.avi" in str(path) else real(path, t))
     listed = [Video(path, name, 0) for name, path in found.items()]
     clips = data.TrainClips(listed, FlowStore(store), frames=2, short_frames=2, size=16, time_limit=0.3)

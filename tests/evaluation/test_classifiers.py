@@ -17,6 +17,7 @@ import model
 from support import classifiers
 from support.checkpoints import load_checkpoint
 from support.errors import BadInput
+from support.evaluation_flags import VIEWS
 
 
 def test_schedules():
@@ -184,7 +185,7 @@ def test_a_batch_of_one_video_is_refused_where_batch_norm_learns(recipe, refused
 
 def test_probability_fusion_is_the_mean_of_two_classifiers():
     s = evaluate.arguments(["linear", "--videos", "x", "--flow", "x", *UNTRAINED, "--fusion", "probability", "--views",
-                            *evaluate.VIEWS])
+                            *VIEWS])
     p = {("rgb",): torch.tensor([[0.9, 0.1]]), ("flow",): torch.tensor([[0.2, 0.8]])}
     asked = []
     out = evaluate.probabilities_by_view(s, lambda views: (asked.append(views), p[views])[1])

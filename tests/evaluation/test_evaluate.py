@@ -338,7 +338,7 @@ def test_no_file_of_features_of_nothing(tiny, tmp_path, monkeypatch, capsys):
     def decode(*_):
         raise BadInput("no video")
 
-    monkeypatch.setattr(data, "frames_at", decode)
+    monkeypatch.setattr("support.frames.frames_at", decode)
     with pytest.raises(BadInput, match="none of the 20 split1-train videos can be read; the first: no video"):
         command(tiny, "features", *UNTRAINED, "--features", str(tmp_path / "f"), "--workers", "0")
     assert "written" not in capsys.readouterr().out and not list((tmp_path / "f").glob("*.npz"))

@@ -11,7 +11,8 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 STAGES = {"flow", "prototypes", "pretrain", "evaluate", "search"}
 METHOD = {"goca", "tvl1"}
 # their subject is data and model
-ABOUT_NETWORKS = {"features", "inference", "classifiers", "weights", "training_flags", "collection_index"}
+ABOUT_NETWORKS = {"features", "inference", "classifiers", "weights", "training_flags", "evaluation_flags",
+                  "collection_index"}
 
 
 def module(path):

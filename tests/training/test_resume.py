@@ -7,11 +7,11 @@ import pytest
 import torch
 from helpers.small_runs import command, log_lines
 
-import data
 import model
 import pretrain
 from support import signals, watchdog
 from support.checkpoints import load_checkpoint
+from support.epoch_batches import EpochBatches
 from support.errors import EXIT_LOST, BadInput
 from support.signals import StopSignals
 from support.watchdog import Watchdog
@@ -55,14 +55,14 @@ def test_1_2_and_3_processes_train_alike_on_an_uneven_last_batch(tiny, forked, t
 
 def test_batches_keep_the_uneven_rest():
     for world in (1, 2, 3):
-        parts = [list(data.EpochBatches(20, 12 // world, 2, rank=r, world=world, keep_last=True)) for r in range(world)]
+        parts = [list(EpochBatches(20, 12 // world, 2, rank=r, world=world, keep_last=True)) for r in range(world)]
         whole = [list(chain(*step)) for step in zip(*parts, strict=True)]
         assert [len(b) for b in whole] == [12, 8, 12, 8]
         assert sorted(i for _, i in whole[0] + whole[1]) == list(range(20))
-        batches = data.EpochBatches(20, 12 // world, 2, world=world, keep_last=True)
+        batches = EpochBatches(20, 12 // world, 2, world=world, keep_last=True)
         assert [batches.rows(1)[r] for r in range(world)] == [len(p[1]) for p in parts]
-    assert data.EpochBatches(20, 6, 1, world=3, keep_last=True).steps_per_epoch == 1  # a rest of 2 is too few
-    assert data.EpochBatches(20, 6, 1, world=2, keep_last=True).steps_per_epoch == 2
+    assert EpochBatches(20, 6, 1, world=3, keep_last=True).steps_per_epoch == 1  # a rest of 2 is too few
+    assert EpochBatches(20, 6, 1, world=2, keep_last=True).steps_per_epoch == 2
 
 
 def test_a_dying_process_under_torchrun_is_started_again_and_nothing_is_lost(tiny, forked, tmp_path):
