@@ -5,11 +5,9 @@ The mathematics itself is tested, on both implementations, in test_goca.py. Tole
 for the other.
 """
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -443,17 +441,3 @@ def test_no_device_synchronisation(device):
         goca.guided_loss(s, impl="compiled", check_finite=False).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The build
-# ---------------------------------------------------------------------------------------------------------------------
-def test_setup_says_what_it_builds():
-    def setup(wish):
-        return subprocess.run([sys.executable, "setup.py", "--name"], capture_output=True, text=True, cwd=ROOT,
-                              env={**os.environ, "GOCA_CUDA": wish})
-
-    assert "building the CPU kernels alone, no CUDA kernels: GOCA_CUDA=0" in setup("0").stdout
-    if torch.version.cuda is None:
-        run = setup("1")
-        assert run.returncode != 0 and "GOCA_CUDA=1 asks for the CUDA kernels, but torch" in run.stderr

@@ -13,12 +13,12 @@ from helpers.clips import NEUTRAL, batch_of, film, numbered, values
 import data
 from support.avi import write_avi
 from support.crops import Box, cut, cut_same_region
-from support.datasets import read_split
+from support.datasets import Video, read_split
 from support.epoch_batches import EpochBatches
 from support.errors import BadInput
 from support.frames import read_frames
 from support.stores import FlowStore
-from support.videos import decode
+from support.videos import FilmReader, decode
 
 
 @pytest.fixture
@@ -356,3 +356,32 @@ def test_drawn_parameters_have_the_documented_ranges_and_rates(store):
     error = 4 * 0.5 / np.sqrt(len(p))
     assert abs((p[:, 0] == 1).mean() - 0.5) < error and abs((p[:, 5] > 0).mean() - 0.5) < error
     assert abs((p[:, 3] == 0).mean() - 0.2) < error and abs((p[:, 1] != 1).mean() - 0.8) < error
+
+
+# --- clips of RGB alone ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("declared", [None, 3, 12, 90, 0])
+@pytest.mark.parametrize("protocol", ["goca", "fast", "coclr"])
+def test_rgb_without_flow_has_the_clips_that_it_has_beside_flow(tiny, monkeypatch, protocol, declared):
+    """Whatever the container declares."""
+    videos = [Video(str(p), str(p.relative_to(tiny.videos).with_suffix("")), 0) for p in tiny.videos.rglob("*g01*.avi")]
+    how = {"protocol": protocol, "frames": 4, "size": 16}
+    both = data.TestClips(videos, FlowStore(tiny.flow), **how)
+    alone = data.TestClips(videos, None, views=("rgb",), **how)
+    if declared is not None:
+        monkeypatch.setattr(data, "declared_frames", lambda path: declared)
+    for i in (0, 1):
+        assert torch.equal(both[i]["rgb"], alone[i]["rgb"]) and torch.equal(both[i]["weight"], alone[i]["weight"])
+        assert "flow" not in alone[i] and len(alone[i]["rgb"]) > (protocol != "coclr")
+
+
+def test_pieces_are_cut_from_their_frames_in_one_pass(tmp_path, monkeypatch):
+    frames = [np.full((24, 32, 3), 5 * t, np.uint8) for t in range(40)]
+    path, opened = str(film(tmp_path / "f.avi", frames, fps=10)), []
+    monkeypatch.setattr(data, "FilmReader", lambda path: opened.append(path) or FilmReader(path))
+    pieces = [Video(path, "f", -1, first, 10) for first in (0, 10, 20, 30, 40)]
+    clips = data.TestClips(pieces, None, views=("rgb",), protocol="fast", frames=4, size=8)
+    for first, item in zip((0, 10, 20, 30), map(clips.__getitem__, range(4)), strict=True):
+        seen = {round(t.float().mean().item() / 5) for clip in item["rgb"] for t in clip}
+        assert {first, first + 8} <= seen <= set(range(first, first + 9))  # the last frame has no flow
+    assert len(opened) == 1
+    assert "ends at frame 40" in clips[4]["fault"]

@@ -4,38 +4,14 @@ import json
 import re
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
 import pytest
+from helpers.pages import FILMS, bound, exact, in_view, shown, unit
 
-from experiments import walkers
-from support.page import LEVELS, Group, Item, Section, embedded_json, film, nearest, pack, write_page
-from support.previews import make_previews
-
-HOSTILE = ["<script>alert(1)</script>", "</script><script>document.title='owned'</script>",
-           "<img src=x onerror=alert(1)>", "\"'`><b>bold</b>", "a%20b#c?d&amp;e", "{{data}} ${x} {{script}}",
-           "folder/<svg onload=alert(1)>.avi", "caf\udce9.avi", "\u202egpj.avi", "line\nbreak\ttab", "]]>--><!--",
-           "\u2028\u2029", "__proto__", "映像/動画.mp4"]
-
-
-def unit(x):
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-
-
-def exact(x, i, k, allowed=None):
-    """The k nearest of row i by inner products in double precision, best first, and all inner products."""
-    products = x.astype(np.float64) @ x[i].astype(np.float64)
-    order = [j for j in np.argsort(-products, kind="stable") if j != i and (allowed is None or allowed[j])]
-    return order[:k], products
-
-
-def bound(x):
-    """How far the page's similarities may be off: the bound in support/page.py, and float32."""
-    c = np.abs(x - x.mean(0, dtype=np.float64))
-    return c.max() / LEVELS * c.sum(1).max() + 3e-7
+from support.page import Group, Item, embedded_json, pack, write_page
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,65 +68,6 @@ def test_wrong_arguments(tmp_path, wrong, message):
 # ---------------------------------------------------------------------------------------------------------------------
 # A collection of generated films
 # ---------------------------------------------------------------------------------------------------------------------
-N = 30
-
-
-@pytest.fixture(scope="session")
-def collection(tmp_path_factory):
-    """A page of 30 generated films: colours as rgb, motion as flow, groups by action, a map, two films missing."""
-    root = tmp_path_factory.mktemp("collection")
-    walkers.make(root / "set", train=N, test=1, size=48, frames=12)
-    paths = [path for path, _ in walkers.clips(root / "set", "train")]
-    found = [walkers.descriptors(path) for path in paths]
-    rgb, flow = (unit((v := np.stack([d[name] for d in found])) - v.mean(0))
-                 for name in ("colour histogram", "flow histogram"))
-    both = unit(np.hstack([rgb, flow]))
-    previews = make_previews([(str(path), 0.0, None) for path in paths], root / "page" / "previews")
-    items = [Item(path.relative_to(root / "set" / "videos").as_posix(), str(path), 0.0, None, *preview)
-             for path, preview in zip(paths, previews, strict=True)]
-    items[4] = items[4]._replace(missing=f"{items[4].path} doesn't exist")
-    items[5] = items[5]._replace(missing=f"{items[5].path} doesn't exist", strip=None)
-    features = {"rgb": rgb, "flow": flow, "rgb+flow": both}
-    actions = sorted({item.name.split("/")[0] for item in items})
-    groups = {view: [Group(a, [i for i in range(N) if items[i].name.startswith(a + "/")], "tight") for a in actions]
-              for view in features}
-    maps = {view: (x[:, :2] - x[:, :2].min(0)) / np.ptp(x[:, :2], axis=0) for view, x in features.items()}
-    page = write_page(root / "page", title="Walkers", items=items, features=features, groups=groups, maps=maps,
-                      notes=["30 films"])
-    return SimpleNamespace(page=page, items=items, features=features, groups=groups, maps=maps, root=root)
-
-
-def shown(browser, selector="#grid .card"):
-    """The films of the cards that a selector finds, in their order."""
-    return browser.run("[...document.querySelectorAll(arguments[0])].map(e => Number(e.dataset.film))", selector)
-
-
-def colour_of(browser, name):
-    """A colour of the style sheet, [3] in 0..1."""
-    colour = browser.run("""(element => {
-        element.style.color = `var(${arguments[0]})`;
-        document.body.append(element);
-        const colour = getComputedStyle(element).color;
-        element.remove();
-        return colour;
-    })(document.createElement('i'))""", name)
-    return np.array([int(c) for c in re.findall(r"\d+", colour)[:3]]) / 255
-
-
-def in_view(browser):
-    """Once observers have reported: how many pictures lie in the window, how many play, how many animations run."""
-    time.sleep(0.3)
-    return browser.run("""(() => {
-        const inside = e => {
-            const b = e.getBoundingClientRect();
-            return b.height && b.bottom > 0 && b.top < innerHeight && b.right > 0 && b.left < innerWidth;
-        };
-        const frames = [...document.querySelectorAll('.frame:not(.none)')];
-        return [frames.filter(inside).length, frames.filter(e => e.classList.contains('seen')).length,
-                document.getAnimations().filter(a => a.playState === 'running').length, frames.length];
-    })()""")
-
-
 def test_films_move(browser, collection):
     browser.open(collection.page)
     browser.until("document.querySelectorAll('#grid img[src]').length > 5 && "
@@ -248,7 +165,7 @@ def test_the_filter(browser, collection):
     names = [item.name.lower() for item in collection.items]
     expected = [i for i, name in enumerate(names) if "bend" in name and "c01" in name]
     assert 0 < len(expected) < names.count("bend") + 5
-    browser.until("document.getElementById('count').textContent === arguments[0]", f"{len(expected)} of {N} films")
+    browser.until("document.getElementById('count').textContent === arguments[0]", f"{len(expected)} of {FILMS} films")
     assert shown(browser) == expected
     browser.press(*"zzz")
     browser.until("!document.getElementById('nothing').hidden")
@@ -271,15 +188,15 @@ def test_the_keyboard_reaches_everything(browser, collection):
     assert browser.run(focus) == str(columns + 1)
     assert browser.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     browser.press("End")
-    assert browser.run(focus) == str(N - 1)
+    assert browser.run(focus) == str(FILMS - 1)
     assert browser.run("(b => b.bottom <= innerHeight && b.top >= 0)(document.activeElement.getBoundingClientRect())")
     browser.press("Enter")
-    assert shown(browser, "#panel .near .card") == exact(collection.features["rgb"], N - 1, 12)[0]
+    assert shown(browser, "#panel .near .card") == exact(collection.features["rgb"], FILMS - 1, 12)[0]
     time.sleep(0.3)  # the grid has become narrower
-    assert browser.run(focus) == str(N - 1)  # it keeps the focus, and stays in view
+    assert browser.run(focus) == str(FILMS - 1)  # it keeps the focus, and stays in view
     assert browser.run("(b => b.bottom <= innerHeight && b.top >= 0)(document.activeElement.getBoundingClientRect())")
     browser.press("ArrowLeft", "Enter")
-    assert browser.run("document.querySelector('#panel h2').textContent") == collection.items[N - 2].name
+    assert browser.run("document.querySelector('#panel h2').textContent") == collection.items[FILMS - 2].name
     browser.press("Escape")
     assert browser.run("document.getElementById('panel').hidden")
     browser.press("Home")
@@ -387,195 +304,3 @@ def test_nothing_is_fetched_from_outside_the_folder(browser, collection):
     browser.until("true")
     time.sleep(0.3)
     assert any("Content Security Policy" in said for said in browser.complaints())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Names, sizes, looks
-# ---------------------------------------------------------------------------------------------------------------------
-def test_hostile_names_stay_text(browser, collection, tmp_path):
-    n = len(HOSTILE)
-    x = unit(np.random.default_rng(0).standard_normal((n, 8)))
-    (tmp_path / "previews").symlink_to(collection.page.parent / "previews")
-    items = [Item(name, name, 0.0, 2.5, collection.items[0].strip, missing=name, label=name) for name in HOSTILE]
-    page = write_page(tmp_path, title=HOSTILE[1], items=items, features={HOSTILE[0]: x, HOSTILE[3]: x},
-                      groups={HOSTILE[3]: [Group(name, [k], name) for k, name in enumerate(HOSTILE)]},
-                      maps={HOSTILE[0]: np.zeros((n, 2))}, notes=HOSTILE,
-                      sections=[Section(HOSTILE[2], film(1, "right", HOSTILE[0]) + nearest(0, HOSTILE[0], 3))])
-    text = [name.encode(errors="backslashreplace").decode() for name in HOSTILE]
-    browser.open(page)
-    assert browser.run("document.title") == text[1]
-    assert browser.run("films.map(f => f.name)") == text
-    assert browser.run("document.querySelectorAll('script').length") == 4  # data, two views, the page's own
-    assert len(browser.run("[...document.querySelectorAll('[data-nearest] .card')].map(e => 1)")) == 3
-    for tab in ("films", "groups", "map"):
-        browser.run("go(arguments[0])", tab)
-        browser.run("choose(1)")
-        time.sleep(0.2)
-        made_of_names = "main b b, main svg, #panel svg, img[src=x], [onerror], [onload]"
-        assert browser.run("document.querySelectorAll(arguments[0]).length", made_of_names) == 0
-    browser.run("go('films')")
-    shown_names = browser.run("[...document.querySelectorAll('#grid .caption')].map(e => e.title)")
-    assert shown_names == [f"{name} 0:00.0–0:02.5" for name in text]
-    assert browser.run("[...document.querySelectorAll('#notes li')].map(e => e.textContent)") == text
-    assert browser.run("document.querySelector('#panel h2').textContent") == text[1]
-    browser.open(page, "tab=films&filter=%3Cscript%3Ealert")
-    assert shown(browser) == [0]
-    assert browser.complaints() == []
-
-
-def test_pieces_of_films(browser, collection, tmp_path):
-    x = unit(np.random.default_rng(0).standard_normal((6, 8)) * 0.1 + np.repeat(np.eye(2, 8), 3, axis=0))
-    items = [Item(f"film{k // 3}", f"/films/film{k // 3}.avi", 10.0 * (k % 3), 10.0 * (k % 3 + 1)) for k in range(6)]
-    browser.open(write_page(tmp_path, title="Pieces", items=items, features={"rgb": x}), "film=1")
-    assert browser.run("document.getElementById('count').textContent") == "6 pieces of films"
-    assert browser.run("document.querySelector('#panel .about p').textContent") == "0:10–0:20"
-    assert shown(browser, "#panel .near .card") == exact(x, 1, 12)[0]
-    assert set(shown(browser, "#panel .near .card")[:2]) == {0, 2}
-    browser.click("#panel .others input")
-    assert shown(browser, "#panel .near .card") == exact(x, 1, 12, [False] * 3 + [True] * 3)[0]
-    assert browser.run("[...document.querySelectorAll('#tabs button')].map(e => e.textContent)") == ["Films"]
-    assert browser.run("document.querySelector('header .views').hidden")  # one view: nothing to switch
-
-
-def test_one_film_and_no_features(browser, tmp_path):
-    one = [Item("only.avi")]
-    browser.open(write_page(tmp_path, title="One", items=one, features={"rgb": np.ones((1, 1))}), "film=0")
-    assert browser.run("document.querySelector('#panel .lists').textContent").endswith("There is no other film.")
-    browser.open(write_page(tmp_path, title="None", items=one), "film=0")
-    assert browser.run("document.querySelector('#panel h2').textContent") == "only.avi"
-    assert browser.complaints() == []
-
-
-def test_two_thousand_films(browser, collection, tmp_path):
-    n = 2000
-    x = unit(np.random.default_rng(0).standard_normal((n, 128)))
-    (tmp_path / "previews").symlink_to(collection.page.parent / "previews")
-    strips = [item.strip for item in collection.items if item.strip]
-    items = [Item(f"folder{i % 7}/film{i:04d}.avi", strip=strips[i % len(strips)]) for i in range(n)]
-    groups = {"rgb": [Group(f"Group {g}", list(range(g, n, 100))) for g in range(100)]}
-    page = write_page(tmp_path, title="Many", items=items, features={"rgb": x}, groups=groups,
-                      maps={"rgb": np.random.default_rng(1).random((n, 2))})
-    browser.open(page)
-    browser.until("document.querySelector('#grid .card img[src]')?.complete")
-    nodes = "document.getElementsByTagName('*').length"
-    assert browser.run(nodes) < 1500
-    last = browser.run("document.body.scrollHeight") - 900
-    assert last > 20 * 900
-    for at in (0, 500, last // 3, last // 3 - 400, last // 2, last):  # on and back, by little and by much
-        browser.run("scrollTo(0, arguments[0])", at)
-        rows = "[Math.floor(-grid.topOf(0) / grid.row), Math.ceil((innerHeight - grid.topOf(0)) / grid.row)]"
-        first, end = (max(0, row) * browser.run("grid.columns") for row in browser.run(rows))
-        wanted = set(range(first, min(n, end)))
-        assert wanted
-        browser.until("arguments[0].every(i => document.querySelector(`#grid [data-film='${i}']`))", sorted(wanted))
-        browser.until("(a => a.length > 6 && a.every(i => i.complete))([...document.querySelectorAll('.seen img')])")
-        inside, seen, _, _ = in_view(browser)
-        assert inside == seen
-        assert browser.run(nodes) < 1500
-        order = shown(browser)
-        assert order == sorted(order)  # in the document's order, too, for who has it read aloud
-    assert order[-1] == n - 1
-    i = order[len(order) // 2]
-    browser.click(f"#grid [data-film='{i}']")
-    assert shown(browser, "#panel .near .card") == exact(x, i, 12)[0]
-    assert browser.run(f"{nodes}") < 2000
-    browser.run("go('groups')")
-    assert browser.run(nodes) < 4000
-    browser.run("go('map')")
-    browser.until("maps[0].pictures.length > 20")
-    assert browser.complaints() == []
-
-
-@pytest.mark.parametrize("dark", [False, True])
-def test_colours_are_legible(browser, collection, dark):
-    browser.open(collection.page, dark=dark)
-
-    def luminance(name):
-        rgb = colour_of(browser, name)
-        return float(np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
-
-    grounds = [luminance(name) for name in ("--paper", "--card")]
-    assert all((g < 0.05) == dark for g in grounds)
-    pairs = [(luminance(name), g) for name in ("--text", "--quiet", "--accent", "--right", "--wrong") for g in grounds]
-    pairs.append((luminance("--accent"), luminance("--on-accent")))
-    assert min((max(p) + 0.05) / (min(p) + 0.05) for p in pairs) >= 4.5  # WCAG 2.2, AA
-
-
-def test_a_phone(browser, collection):
-    browser.open(collection.page, width=400, height=800)
-    browser.until("document.querySelectorAll('#grid .card').length > 3")
-    for tab in ("films", "groups", "map"):
-        browser.run("go(arguments[0])", tab)
-        time.sleep(0.2)
-        assert browser.run("document.documentElement.scrollWidth") <= 400
-    browser.run("go('films')")
-    browser.click("#grid .card")
-    box = "(b => [b.x, b.y, b.width, b.height])(document.getElementById('panel').getBoundingClientRect())"
-    assert browser.run(box) == [0, 0, 400, 800]
-    assert browser.run("document.querySelector('main').inert")  # what it covers can't be reached
-    browser.click("#panel .views input[value='flow'] + span")
-    assert shown(browser, "#panel .near .card") == exact(collection.features["flow"], 0, 12)[0]
-    assert browser.run("document.getElementById('panel').scrollWidth") <= 400
-    browser.click("#panel .close")
-    assert browser.run("document.getElementById('panel').hidden && !document.querySelector('main').inert")
-
-
-@pytest.mark.parametrize("tab", ["films", "groups", "map"])
-def test_all_controls_have_names(browser, collection, tab):
-    browser.open(collection.page, f"film=1&tab={tab}")
-    time.sleep(0.3)
-    browser.cdp("Accessibility.enable")
-    nodes = [n for n in browser.cdp("Accessibility.getFullAXTree")["nodes"] if not n["ignored"]]
-    controls = [n for n in nodes if n["role"]["value"] in
-                {"button", "radio", "searchbox", "tab", "checkbox", "tablist", "list", "complementary", "application"}]
-    assert {"button", "radio", "searchbox", "tab", "complementary"} <= {n["role"]["value"] for n in controls}
-    unnamed = [n["role"]["value"] for n in controls if not n.get("name", {}).get("value")]
-    assert set(unnamed) <= {"list"} and len(unnamed) <= 1  # the notes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The same pieces in the page of a run
-# ---------------------------------------------------------------------------------------------------------------------
-def test_sections_marks_and_a_gallery(browser, collection, tmp_path):
-    (tmp_path / "previews").symlink_to(collection.page.parent / "previews")
-    items = [item._replace(label=item.name.split("/")[0], missing="") for item in collection.items]
-    gallery = np.arange(N) % 2 == 0
-    flow = collection.features["flow"]
-
-    def right(i):
-        return [items[j].label == items[i].label for j in exact(flow, i, 5, gallery)[0]]
-
-    query = next(i for i in range(N) if len(set(right(i))) == 2)  # some right, some wrong
-    page = write_page(tmp_path, title="Run", items=items, features={"flow": flow}, gallery=gallery, sections=[
-        Section("Overview", "<h2>Queries</h2>" + film(3, "wrong", "seen before") + nearest(query, "flow", 5)),
-        Section("More", "<p>text</p>")])
-    browser.open(page)
-    tabs = browser.run("[...document.querySelectorAll('#tabs button')].map(e => e.textContent)")
-    assert tabs == ["Overview", "More", "Films"]
-    assert "✗ other class" in browser.run("document.querySelector('span[data-film]').textContent")
-    assert "seen before" in browser.run("document.querySelector('span[data-film]').textContent")
-    order, _ = exact(flow, query, 5, gallery)
-    assert shown(browser, "[data-nearest] .card") == order
-    marks = browser.run("[...document.querySelectorAll('[data-nearest] .mark')].map(e => e.textContent)")
-    assert marks == ["✓ same class" if s else "✗ other class" for s in right(query)]
-    for kind in ("right", "wrong"):  # a frame round the film, solid or dashed, in front of what moves
-        x, y, _, h = browser.run("(b => [b.x, b.y, b.width, b.height])"
-                                 "(document.querySelector(`[data-nearest] .${arguments[0]} .frame`)"
-                                 ".getBoundingClientRect())", kind)
-        edge = browser.picture()[round(y + h / 4):round(y + 3 * h / 4), round(x) + 1]
-        colour = colour_of(browser, f"--{kind}")
-        share = (np.abs(edge[:, ::-1] - 255 * colour).max(1) < 12).mean()
-        assert share == 1 if kind == "right" else 0.3 < share < 0.9
-    browser.click("[data-nearest] .card")
-    assert browser.run("state.film") == order[0]
-    browser.run("go('section-1')")
-    assert browser.run("document.querySelector('#section-1').textContent") == "text"
-
-
-def test_a_page_that_reloads_itself_stays_where_it_was(browser, collection, tmp_path):
-    (tmp_path / "previews").symlink_to(collection.page.parent / "previews")
-    page = write_page(tmp_path, title="Step 1", items=collection.items, features=collection.features, reload_s=1)
-    browser.open(page, "film=2&view=flow")
-    write_page(tmp_path, title="Step 2", items=collection.items, features=collection.features)
-    browser.until("document.title === 'Step 2'")
-    browser.until("state.film === 2 && state.view === 'flow' && !document.getElementById('panel').hidden")

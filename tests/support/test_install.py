@@ -1,4 +1,4 @@
-"""pip install: the method and the compiled operator in another environment that has torch."""
+"""The build, and pip install: the method and the compiled operator in another environment that has torch."""
 
 import os
 import shutil
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.paths import ROOT
 
 FLAG = "--no-build-isolation"
@@ -62,3 +63,14 @@ def test_a_build_that_sees_no_torch_names_the_flag(sources, tmp_path):
         pytest.skip("pip's isolated build needs a package index to fetch setuptools from")
     assert isolated.returncode != 0 and FLAG in isolated.stdout + isolated.stderr, isolated.stderr
     assert not (tmp_path / "site").exists()
+
+
+def test_setup_says_what_it_builds():
+    def setup(wish):
+        return subprocess.run([sys.executable, "setup.py", "--name"], capture_output=True, text=True, cwd=ROOT,
+                              env={**os.environ, "GOCA_CUDA": wish})
+
+    assert "building the CPU kernels alone, no CUDA kernels: GOCA_CUDA=0" in setup("0").stdout
+    if torch.version.cuda is None:
+        run = setup("1")
+        assert run.returncode != 0 and "GOCA_CUDA=1 asks for the CUDA kernels, but torch" in run.stderr
