@@ -62,6 +62,8 @@ class TrainClips(Clips):
     cache: keep every decoded video in memory, for small data sets (3 + 2 bytes a pixel and frame).
     rgb: an RgbStore, to read in place of the videos; the clips are the same but for its JPEGs.
     views: one alone gives the same clips of it; ("flow",) reads no video, ("rgb",) no flow: store may then be None.
+    still_jitter: params get a seventh number, the share of a clip's still picture that `augment` takes off RGB,
+        min(1, U(0, still_jitter)); ours, not the paper's (docs/training.md, "Small machines").
     A video that can't be read, or takes more than `time_limit` seconds, is replaced by another, drawn from the same
     seed; `fault` says which and why.
     """
@@ -69,11 +71,13 @@ class TrainClips(Clips):
     JITTER, P_JITTER, P_GREY, P_BLUR = (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, 0.5
 
     def __init__(self, videos, store, *, frames=32, short_frames=16, n_long=2, n_short=4, size=128, stride=1,
-                 scale=SCALES["s3d"], seed=0, cache=False, time_limit=60, rgb=None, views=("rgb", "flow")):
+                 scale=SCALES["s3d"], seed=0, cache=False, time_limit=60, rgb=None, views=("rgb", "flow"),
+                 still_jitter=0.0):
         super().__init__(videos)
         self.store, self.rgb = (store if "flow" in views else None), (rgb if "rgb" in views else None)
         self.views, self.size, self.declared = views, size, {}
         self.stride, self.scale, self.seed, self.time_limit = stride, scale, seed, time_limit
+        self.still_jitter = still_jitter
         self.lengths = {"long": [frames] * n_long, "short": [short_frames] * n_short}
         self.cache = {} if cache else None
 
@@ -81,14 +85,15 @@ class TrainClips(Clips):
         return sum(map(sum, self.lengths.values())) * self.size ** 2 * bytes_of_pixel(self.views)
 
     def _params(self, rng):
-        """One crop's box and its six numbers for `augment`."""
+        """One crop's box and its numbers for `augment`."""
         box = Box(1 / rng.uniform(*self.scale), rng.uniform(), rng.uniform())
         b, c, s, h = self.JITTER if rng.uniform() < self.P_JITTER else (0, 0, 0, 0)
         colour = [rng.uniform(1 - b, 1 + b), rng.uniform(1 - c, 1 + c), rng.uniform(1 - s, 1 + s), rng.uniform(-h, h)]
         if rng.uniform() < self.P_GREY:
             colour[2] = 0.0  # grey is no saturation
         sigma = rng.uniform(0.1, 2.0) if rng.uniform() < self.P_BLUR else 0.0
-        return box, [float(rng.uniform() < 0.5), *colour, sigma]
+        params = [float(rng.uniform() < 0.5), *colour, sigma]
+        return box, params + [min(1.0, rng.uniform(0, self.still_jitter))] * bool(self.still_jitter)
 
     def __getitem__(self, item):
         epoch, index = item
@@ -318,6 +323,13 @@ def normalise_flow(x):
     return (x.float() - 128).div_(127).movedim(-1, -4)
 
 
+def weaken_still(x, share):
+    """Take a share of what stands still off RGB clips [B, 3, T, S, S], in place: x - a (mean over time - mean over time
+    and space), share a [B]. Colour and place of things then say less of which film a clip is from, motion as much."""
+    still = x.mean(2, keepdim=True)
+    x.sub_(share.view(-1, 1, 1, 1, 1) * (still - still.mean((3, 4), keepdim=True)))
+
+
 def _augment_in_torch(clips, out):
     """`augment` on whole batches: clips {"rgb": uint8 [B, T, S, S, 3], "flow": [B, T, S, S, 2], "params": [B, 6]} into
     out {"rgb": [B, 3, T, S, S], "flow": [B, 2, T, S, S]}."""
@@ -347,7 +359,7 @@ def _augment_in_8_bits(clips, out):
     """
     params = clips["params"]
     contrast, matrices = params[:, 2].numpy(), _colour_matrices(params).numpy()
-    for k, (flip, *_, sigma) in enumerate(params.tolist()):
+    for k, (flip, _, _, _, _, sigma) in enumerate(params[:, :6].tolist()):
         # [T S, S, C], one tall picture
         pictures = {view: clips[view][k].flatten(0, 1).numpy() for view in out}
         pictures = {view: cv2.flip(x, 1) if flip else x for view, x in pictures.items()}
@@ -382,5 +394,7 @@ def augment(batch, device):
         made = {view: torch.empty(clips[view].movedim(-1, 1).shape, dtype=torch.float32, device=device,
                                   memory_format=torch.channels_last_3d) for view in ("rgb", "flow") if view in clips}
         (_augment_in_8_bits if clips["params"].device.type == "cpu" else _augment_in_torch)(clips, made)
+        if "rgb" in made and clips["params"].shape[1] > 6:
+            weaken_still(made["rgb"], clips["params"][:, 6])
         out.append({view: x.unflatten(0, batch[kind][view].shape[:2]) for view, x in made.items()})
     return out

@@ -269,7 +269,8 @@ def read_data(s):
                        f"{s.videos or 'DIR'} --out {s.flow or 'FLOW'}{f' --rgb {s.rgb}' if rgb else ''}")
     clips = data.TrainClips(videos, store, frames=s.frames, short_frames=s.short_frames, n_short=s.short_crops,
                             size=s.size, stride=s.stride, scale=tuple(s.scale), seed=s.seed, cache=s.cache,
-                            time_limit=s.time_limit, rgb=rgb, views=tuple(s.views))
+                            time_limit=s.time_limit, rgb=rgb, views=tuple(s.views),
+                            still_jitter=s.still_jitter)
     _, arrays = load_arrays(s.prototypes, "prototypes", f"python prototypes.py --out {s.prototypes}")
     return store, found, videos, clips, torch.from_numpy(arrays["prototypes"])
 

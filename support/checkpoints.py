@@ -30,7 +30,7 @@ RESUMABLE = {"device", "workers", "cache", "log_every", "save_every", "videos", 
              "out", "index", "time_limit", "max_faults", "keep", "plan", "compile", "recompute", "timeout",
              "tensorboard", "save_minutes", "extend"}
 # settings that earlier versions' checkpoints lack, and what they did
-ADDED = {"lead": "none", "lead_epochs": 0, "init": None, "views": ["rgb", "flow"]}
+ADDED = {"lead": "none", "lead_epochs": 0, "still_jitter": 0.0, "init": None, "views": ["rgb", "flow"]}
 
 
 class Damaged(BadInput):

@@ -59,6 +59,8 @@ def parser(every):
     g.add_argument("--size", type=positive_int, default=128, help="px; 112 for r2plus1d18")
     more("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"),
          help="short side before cropping, over size (default: 136/128 190/128; r2plus1d18 128/112 160/112)")
+    more("--still-jitter", type=non_negative, default=0.0, metavar="J",
+         help="take a share of its still picture off each RGB clip, min(1, U(0, J)); ours, for small data")
     g = p.add_argument_group("optimisation")
     more("--optimizer", choices=("lars", "adamw"), default="lars", help="adamw: for small runs")
     g.add_argument("--batch-size", type=positive_int, default=10, help="videos a process (paper: 64 GPUs with 10 each)")
@@ -128,7 +130,7 @@ def without_effect(s, p):
                        "avg": ["alternate"]}[s.method],
             "optimizer": ["trust"] if s.optimizer != "lars" else [],
             "short_crops": ["short_frames"] if not s.short_crops else [],
-            "views": ["rgb"] if s.views == ["flow"] else []}
+            "views": ["rgb", "still_jitter"] if s.views == ["flow"] else []}
     if s.method != "goca":
         idle["method"] += ["lambda2", "prior_sign", "guide_start", "lead", "lead_epochs"]
     for cause, names in idle.items():

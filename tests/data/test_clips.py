@@ -358,6 +358,36 @@ def test_drawn_parameters_have_the_documented_ranges_and_rates(store):
     assert abs((p[:, 3] == 0).mean() - 0.2) < error and abs((p[:, 1] != 1).mean() - 0.8) < error
 
 
+@pytest.mark.parametrize("device", ["cpu", "torch"])
+def test_still_jitter_takes_a_share_of_what_stands_still_off_rgb_alone(store, monkeypatch, device):
+    if device == "torch":  # what a GPU runs
+        monkeypatch.setattr(data, "_augment_in_8_bits", data._augment_in_torch)
+    rgb = torch.randint(256, (1, 3, 4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    flow = torch.randint(256, (1, 3, 4, 8, 8, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    shares = (0.0, 0.4, 1.0)
+    plain, = data.augment({"long": {"rgb": rgb, "flow": flow, "params": torch.tensor([[NEUTRAL] * 3])}}, "cpu")
+    out, = data.augment({"long": {"rgb": rgb, "flow": flow, "params": torch.tensor([[[*NEUTRAL, a] for a in shares]])}},
+                        "cpu")
+    assert torch.equal(out["flow"], plain["flow"]) and torch.equal(out["rgb"][0, 0], plain["rgb"][0, 0])
+    x, y = plain["rgb"][0].double(), out["rgb"][0].double()  # [v, 3, T, S, S]
+    still = x.mean(2)
+    for k, a in enumerate(shares):  # what moves is left, of what stands still 1 - a, and each channel's mean
+        torch.testing.assert_close(y[k] - y[k].mean(1, keepdim=True), x[k] - x[k].mean(1, keepdim=True),
+                                   atol=1e-5, rtol=0)
+        mean = still[k].mean((1, 2), keepdim=True)
+        torch.testing.assert_close(y[k].mean(1) - mean, (1 - a) * (still[k] - mean), atol=1e-5, rtol=0)
+
+
+def test_still_jitter_is_drawn_and_changes_no_other_number(store):
+    videos, flows = store(10)
+    plain, jittered = (data.TrainClips(videos, flows, frames=2, short_frames=2, size=4, still_jitter=j)
+                       for j in (0.0, 1.5))
+    assert plain[0, 0]["long"]["params"].shape == (2, 6)
+    p = torch.cat([jittered[e, 0][k]["params"] for e in range(60) for k in ("long", "short")])[:, 6]
+    assert abs((p == 1).float().mean() - 1 / 3) < 0.1 and p.min() >= 0 and p.max() == 1
+    assert torch.equal(plain[3, 0]["long"]["params"][0], jittered[3, 0]["long"]["params"][0, :6])
+
+
 # --- clips of RGB alone ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("declared", [None, 3, 12, 90, 0])
 @pytest.mark.parametrize("protocol", ["goca", "fast", "coclr"])

@@ -1,0 +1,160 @@
+"""Settings of pre-training compared over seeds: a result is a distribution.
+
+    python -m experiments.compare run  results/guiding/experiment.json --work runs/guiding
+    python -m experiments.compare show results/guiding/experiment.json
+
+In   an experiment, a JSON file:
+     {"set": {"dataset": ..., "videos": ..., "splits": ..., "flow": ...}, "prototypes": FILE, "processes": 2,
+      "flags": "of pretrain.py in every setting", "settings": {name: "more flags", ...}, "seeds": [...],
+      "evaluate": "flags of evaluate.py" (may be left out), "versus": a name of `settings`}
+Out  beside it <setting>/seed<k>.json (evaluate.py retrieval) and .jsonl (the run's log), and commands.jsonl: each
+     command with its seconds and status. Checkpoints stay in --work.
+
+run: seed by seed, so that what is there so far is paired; what is done is not done again, and an interrupted run goes
+on. show: R@1 of each setting, mean and standard deviation over seeds, seeds on which a view learned, and, seed by seed
+against `versus`, the mean difference, its standard error and p of a paired t-test (two-sided).
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import signal
+import statistics
+from pathlib import Path
+from types import SimpleNamespace
+
+from scipy.stats import ttest_rel
+
+from experiments.tables import Driver, check_comparable, load
+from support.cli import Help, command_line
+from support.errors import BadInput
+
+VIEWS = ("rgb", "flow", "rgb+flow")
+NEEDED = {"set": dict, "prototypes": str, "processes": int, "flags": str, "settings": dict, "seeds": list,
+          "versus": str}
+
+
+def read_experiment(path):
+    """An experiment's file -> its fields, and `folder`. Raises BadInput where it is not as described above."""
+    try:
+        fields = json.loads(Path(path).read_text())
+        wrong = [f"{k} must be {kind.__name__}" for k, kind in NEEDED.items() if not isinstance(fields.get(k), kind)]
+    except (OSError, ValueError, AttributeError) as e:
+        raise BadInput(f"{path} is no JSON file of an experiment ({e}); see experiments/compare.py") from e
+    if not wrong and fields["versus"] not in fields["settings"]:
+        wrong = [f"versus {fields['versus']} is none of its settings ({', '.join(fields['settings'])})"]
+    if wrong:
+        raise BadInput(f"{path}: {'; '.join(wrong)}; see experiments/compare.py")
+    return SimpleNamespace(**{"evaluate": "", **fields}, folder=Path(path).parent)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# run
+# ---------------------------------------------------------------------------------------------------------------------
+def run(args):
+    """Pre-train and evaluate every setting on every seed -> 0, or 1 where a command failed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    x, work = read_experiment(args.experiment), Path(args.work).absolute()
+    driver = Driver(x.folder)
+    data_set = [word for key, value in x.set.items() for word in (f"--{key}", value)]
+    for seed in x.seeds:
+        for name, flags in x.settings.items():
+            run_folder, result = work / name / f"seed{seed}", x.folder / name / f"seed{seed}.json"
+            if result.exists():
+                continue
+            trained = driver(["pretrain.py", *shlex.split(x.flags), *data_set, "--prototypes", x.prototypes,
+                              "--out", str(run_folder), *shlex.split(flags), "--seed", str(seed)],
+                             run_folder / "checkpoint.pt", run_folder / "pretrain.log", x.processes)
+            if (run_folder / "log.jsonl").exists():  # of a run that failed, too
+                result.parent.mkdir(exist_ok=True)
+                shutil.copyfile(run_folder / "log.jsonl", result.with_suffix(".jsonl"))
+            if trained:
+                driver(["evaluate.py", "retrieval", "--checkpoint", str(run_folder), *data_set,
+                        *shlex.split(x.evaluate), "--json", str(result)], result, run_folder / "retrieval.log")
+    for log in driver.failed:
+        print(f"failed: {log}")
+    return 1 if driver.failed else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# show
+# ---------------------------------------------------------------------------------------------------------------------
+def collect(x):
+    """The results of an experiment -> {setting: {seed: {view: R@1}}}. Raises BadInput where two can't be compared."""
+    found, first = {}, None
+    for name in x.settings:
+        found[name] = {}
+        for seed in x.seeds:
+            path = x.folder / name / f"seed{seed}.json"
+            if path.exists():
+                r = load(path)
+                first = first or (path, r["protocol"])
+                check_comparable(path, r["protocol"], *first)
+                found[name][seed] = {view: v["R@1"] for view, v in r["results"].items()}
+    return found
+
+
+def paired(ours, theirs):
+    """R@1 by seed of two settings, {seed: number} -> (seeds in both, mean difference, its standard error, p); None
+    where fewer than three seeds are in both."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    if len(seeds) < 3:
+        return None
+    a, b = [ours[s] for s in seeds], [theirs[s] for s in seeds]
+    differences = [u - v for u, v in zip(a, b, strict=True)]
+    error = statistics.stdev(differences) / len(seeds) ** 0.5
+    p = float(ttest_rel(a, b).pvalue) if error else float(not any(differences))
+    return len(seeds), statistics.mean(differences), error, p
+
+
+def lines(x, learned):
+    """The two tables as Markdown lines: R@1 by setting and view, and differences from `versus`."""
+    found = collect(x)
+    views = [v for v in VIEWS if any(v in r for seeds in found.values() for r in seeds.values())]
+    out = [f"| R@1 | seeds | {' | '.join(views)} | {' | '.join(f'{v} > {learned:g}' for v in views)} |",
+           "|---" * (2 + 2 * len(views)) + "|"]
+    by_view = {name: {v: {s: r[v] for s, r in seeds.items() if v in r} for v in views} for name, seeds in found.items()}
+    for name, columns in by_view.items():
+        started = len(list((x.folder / name).glob("seed*.jsonl")))
+        n = len(found[name])
+        shown = [f"{statistics.mean(c.values()):.1f} ± {statistics.stdev(c.values()):.1f}" if len(c) > 1 else
+                 f"{next(iter(c.values())):.1f}" if c else "–" for c in columns.values()]
+        above = [f"{sum(r > learned for r in c.values())} of {len(c)}" if c else "–" for c in columns.values()]
+        failed = f", {started - n} without a result" if started > n else ""
+        out.append(f"| {name} | {n}{failed} | {' | '.join(shown + above)} |")
+    rows = [(name, {v: paired(columns[v], by_view[x.versus][v]) for v in views})
+            for name, columns in by_view.items() if name != x.versus]
+    if any(each for _, row in rows for each in row.values()):
+        out += ["", f"| minus {x.versus}, seed by seed | {' | '.join(views)} |", "|---" * (1 + len(views)) + "|"]
+        for name, row in rows:
+            shown = [f"{d[1]:+.1f} ± {d[2]:.1f}, p = {d[3]:.2g} ({d[0]})" if d else "–" for d in row.values()]
+            out.append(f"| {name} | {' | '.join(shown)} |")
+    return out
+
+
+def show(args):
+    x = read_experiment(args.experiment)
+    print("\n".join(lines(x, args.learned)))
+    print("\nR@1 in percent: mean ± standard deviation over seeds. Differences: mean ± its standard error, p of the "
+          "paired t-test, (seeds in both).")
+    return 0
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(prog="python -m experiments.compare", description="Settings compared over seeds.")
+    commands = p.add_subparsers(dest="command", required=True)
+    c = commands.add_parser("run", help="pre-train and evaluate every setting on every seed", formatter_class=Help)
+    c.add_argument("experiment", help="JSON file of the experiment; results go beside it")
+    c.add_argument("--work", required=True, help="folder for the runs' checkpoints")
+    c.set_defaults(call=run)
+    c = commands.add_parser("show", help="mean, deviation and paired tests", formatter_class=Help)
+    c.add_argument("experiment", help="JSON file of the experiment")
+    c.add_argument("--learned", type=float, default=30, help="R@1 above which a view has learned")
+    c.set_defaults(call=show)
+    args = p.parse_args(argv)
+    return args.call(args)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,87 @@
+"""Settings compared over seeds: the runs on the tiny set, and the statistics by hand."""
+
+import json
+import math
+
+import pytest
+from scipy.stats import t as student
+
+from experiments import compare
+from support.errors import BadInput
+
+
+def experiment(folder, **changes):
+    fields = {"set": {"dataset": "ucf101", "videos": "v", "splits": "s", "flow": "f"}, "prototypes": "p.npz",
+              "processes": 1, "flags": "--epochs 1", "settings": {"sep": "--method sep", "goca": ""},
+              "seeds": [0, 1, 2, 3], "versus": "sep", **changes}
+    path = folder / "experiment.json"
+    path.write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
+    return path
+
+
+def result(path, rgb, **protocol):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    both = {"protocol": {"method": "goca", "queries": 4, **protocol}, "results": {"rgb": {"R@1": rgb}}}
+    path.write_text(json.dumps(both))
+    path.with_suffix(".jsonl").write_text("{}\n")
+
+
+def test_means_deviations_and_the_paired_test_by_hand(tmp_path, capsys):
+    path = experiment(tmp_path)
+    for seed, (sep, goca) in enumerate([(10, 40), (12, 20), (8, 50), (14, 34)]):
+        result(tmp_path / "sep" / f"seed{seed}.json", sep)
+        result(tmp_path / "goca" / f"seed{seed}.json", goca)
+    (tmp_path / "goca" / "seed3.json").unlink()  # a run that failed: its log is there
+    assert compare.main(["show", str(path)]) == 0
+    out = capsys.readouterr().out
+    differences = [30, 8, 42]
+    mean, error = sum(differences) / 3, math.sqrt(sum((d - 80 / 3) ** 2 for d in differences) / 2 / 3)
+    p = 2 * student.sf(mean / error, 2)
+    assert "| sep | 4 | 11.0 ± 2.6 | 0 of 4 |" in out
+    assert "| goca | 3, 1 without a result | 36.7 ± 15.3 | 2 of 3 |" in out
+    assert f"| goca | {mean:+.1f} ± {error:.1f}, p = {p:.2g} (3) |" in out
+    capsys.readouterr()
+    compare.main(["show", str(path), "--learned", "45"])
+    assert "1 of 3" in capsys.readouterr().out
+
+
+def test_without_three_pairs_no_difference_is_shown(tmp_path, capsys):
+    path = experiment(tmp_path)
+    result(tmp_path / "goca" / "seed0.json", 40)
+    assert compare.main(["show", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "| goca | 1 | 40.0 | 1 of 1 |" in out and "| sep | 0 | – | – |" in out and "minus" not in out
+
+
+def test_all_runs_are_made_once_and_their_logs_kept(tiny, tmp_path, monkeypatch):
+    path = experiment(
+        tmp_path, seeds=[5], prototypes=str(tiny.prototypes), settings={"sep": "--method sep"},
+        set={"dataset": "ucf101", "videos": str(tiny.videos), "splits": str(tiny.splits), "flow": str(tiny.flow)},
+        flags="@presets/cpu --epochs 1 --warmup-epochs 0 --batch-size 2 --size 16 --scale 1.0 1.25 --frames 4")
+    run = ["run", str(path), "--work", str(tmp_path / "work")]
+    assert compare.main(run) == 0
+    settings = json.loads((tmp_path / "sep" / "seed5.jsonl").read_text().splitlines()[0])["settings"]
+    assert (settings["method"], settings["seed"]) == ("sep", 5)
+    assert set(json.loads((tmp_path / "sep" / "seed5.json").read_text())["results"]) == {"rgb", "flow", "rgb+flow"}
+    notes = (tmp_path / "commands.jsonl").read_text()
+    assert len(notes.splitlines()) == 2
+    assert compare.main(run) == 0 and (tmp_path / "commands.jsonl").read_text() == notes
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"versus": "none"}, "versus none is none of its settings"), ({"seeds": None}, "seeds must be list"),
+    ({"settings": ["goca"]}, "settings must be dict")])
+def test_what_an_experiment_lacks_is_named(tmp_path, changes, words):
+    with pytest.raises(BadInput, match=words):
+        compare.main(["show", str(experiment(tmp_path, **changes))])
+
+
+def test_results_of_other_queries_are_refused(tmp_path):
+    path = experiment(tmp_path)
+    result(tmp_path / "goca" / "seed0.json", 40)
+    result(tmp_path / "sep" / "seed0.json", 40, queries=5)
+    with pytest.raises(BadInput, match="can't be compared: queries"):
+        compare.main(["show", str(path)])
+    (tmp_path / "experiment.json").write_text("[")
+    with pytest.raises(BadInput, match="no JSON file of an experiment"):
+        compare.main(["show", str(path)])
