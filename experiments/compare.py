@@ -2,6 +2,7 @@
 
     python -m experiments.compare run  results/guiding/experiment.json --work runs/guiding
     python -m experiments.compare show results/guiding/experiment.json
+    python -m experiments.compare draw results/guiding/experiment.json --out docs/guiding.png
 
 In   an experiment, a JSON file:
      {"set": {"dataset": ..., "videos": ..., "splits": ..., "flow": ...}, "prototypes": FILE, "processes": 2,
@@ -12,7 +13,8 @@ Out  beside it <setting>/seed<k>.json (evaluate.py retrieval) and .jsonl (the ru
 
 run: seed by seed, so that what is there so far is paired; what is done is not done again, and an interrupted run goes
 on. show: R@1 of each setting, mean and standard deviation over seeds, seeds on which a view learned, and, seed by seed
-against `versus`, the mean difference, its standard error and p of a paired t-test (two-sided).
+against `versus`, the mean difference, its standard error and p of a paired t-test (two-sided). draw: every seed's R@1,
+means with their standard errors, and both views' effective rank over the steps, which shows when a view began to learn.
 """
 
 import argparse
@@ -141,6 +143,42 @@ def show(args):
     return 0
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# draw
+# ---------------------------------------------------------------------------------------------------------------------
+def ranks(path, view):
+    """A log's steps and its effective rank of a view -> ([step, ...], [rank, ...])."""
+    steps = [line for line in map(json.loads, path.read_text().splitlines()) if f"effective_rank_{view}" in line]
+    return [line["step"] for line in steps], [line[f"effective_rank_{view}"] for line in steps]
+
+
+def draw(args):
+    from experiments.figures import COLOURS, plt, save  # here: matplotlib's import takes longer than `show`
+
+    x = read_experiment(args.experiment)
+    found = collect(x)
+    views = [v for v in VIEWS if any(v in r for seeds in found.values() for r in seeds.values())]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained", width_ratios=(1.4, 1, 1))
+    for k, (name, seeds) in enumerate(found.items()):
+        colour, at = COLOURS[k % len(COLOURS)], [v + 0.22 * (k - (len(found) - 1) / 2) for v in range(len(views))]
+        for place, view in zip(at, views, strict=True):
+            values = [r[view] for r in seeds.values() if view in r]
+            axes[0].scatter([place] * len(values), values, s=14, color=colour, alpha=0.5)
+            if len(values) > 1:
+                error = statistics.stdev(values) / len(values) ** 0.5
+                axes[0].errorbar(place + 0.07, statistics.mean(values), error, fmt="os"[k % 2], color=colour, capsize=3)
+        axes[0].scatter([], [], color=colour, marker="os"[k % 2], label=f"{name}, {len(seeds)} seeds")
+        for axis, view in zip(axes[1:], VIEWS, strict=False):
+            for path in sorted((x.folder / name).glob("seed*.jsonl")):
+                axis.plot(*ranks(path, view), color=colour, alpha=0.6, linestyle=("-", "--")[k % 2], linewidth=1)
+            axis.set(title=f"effective rank of {view}, a line a seed", xlabel="step", ylim=(1, None))
+    axes[0].set(title="R@1 (%): seeds, mean ± standard error", xticks=range(len(views)), xticklabels=views,
+                ylim=(0, 100))
+    axes[0].legend(fontsize=8)
+    save(figure, args.out)
+    return 0
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(prog="python -m experiments.compare", description="Settings compared over seeds.")
     commands = p.add_subparsers(dest="command", required=True)
@@ -152,6 +190,10 @@ def main(argv=None):
     c.add_argument("experiment", help="JSON file of the experiment")
     c.add_argument("--learned", type=float, default=30, help="R@1 above which a view has learned")
     c.set_defaults(call=show)
+    c = commands.add_parser("draw", help="seeds, means and effective rank as a picture", formatter_class=Help)
+    c.add_argument("experiment", help="JSON file of the experiment")
+    c.add_argument("--out", required=True, help="picture to write")
+    c.set_defaults(call=draw)
     args = p.parse_args(argv)
     return args.call(args)
 

@@ -6,7 +6,7 @@ import math
 import pytest
 from scipy.stats import t as student
 
-from experiments import compare
+from experiments import compare, figures
 from support.errors import BadInput
 
 
@@ -43,6 +43,24 @@ def test_means_deviations_and_the_paired_test_by_hand(tmp_path, capsys):
     capsys.readouterr()
     compare.main(["show", str(path), "--learned", "45"])
     assert "1 of 3" in capsys.readouterr().out
+
+
+def test_the_picture_shows_every_seed_and_when_a_view_began_to_learn(tmp_path, monkeypatch):
+    path = experiment(tmp_path)
+    for name in ("sep", "goca"):
+        for seed in range(3):
+            result(tmp_path / name / f"seed{seed}.json", 10 + seed)
+            steps = [{"step": k, "effective_rank_rgb": 1 + k, "effective_rank_flow": 2} for k in (1, 2)]
+            (tmp_path / name / f"seed{seed}.jsonl").write_text("\n".join(map(json.dumps, [{"settings": {}}, *steps])))
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, out: drawn.append((figure, out)))
+    assert compare.main(["draw", str(path), "--out", "seeds.png"]) == 0
+    (figure, out), = drawn
+    seeds, rgb, flow = figure.axes
+    dots = [tuple(xy) for c in seeds.collections for xy in c.get_offsets().tolist()]
+    assert sorted(y for _, y in dots if y >= 10) == [10, 10, 11, 11, 12, 12] and out == "seeds.png"
+    assert [line.get_ydata().tolist() for line in rgb.lines] == [[2, 3]] * 6
+    assert [line.get_ydata().tolist() for line in flow.lines] == [[2, 2]] * 6
 
 
 def test_without_three_pairs_no_difference_is_shown(tmp_path, capsys):
