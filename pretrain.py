@@ -295,8 +295,8 @@ def arguments(argv=None):
     choose_views(s)
     if s.method == "avg" and s.heads == 2:
         raise BadInput("--method avg has one feature a clip, so no use for --heads 2")
-    if (s.lead == "none") != (s.lead_epochs == 0):
-        raise BadInput(f"--lead {s.lead} --lead-epochs {s.lead_epochs}: --lead VIEW and --lead-epochs E go together")
+    if s.lead == "none" and s.lead_epochs:
+        raise BadInput(f"--lead-epochs {s.lead_epochs}: which view leads is missing, --lead rgb or --lead flow")
     if s.compile and s.recompute:
         raise BadInput("--compile and --recompute don't go together: torch can't compile what is computed again")
     if why := model.too_small(s.arch, min(s.frames, s.short_frames) if s.short_crops else s.frames, s.size):
@@ -306,6 +306,8 @@ def arguments(argv=None):
     if not 1 <= s.scale[0] <= s.scale[1]:
         raise BadInput(f"--scale {s.scale[0]} {s.scale[1]}: must be 1 <= LOW <= HIGH")
     notes = list(without_effect(s, p))
+    if s.lead_epochs is None:
+        s.lead_epochs = 0 if s.lead == "none" else s.epochs // 2
     if s.warmup_epochs > s.epochs // 2:
         notes.append(f"--warmup-epochs {s.warmup_epochs} is cut to {s.epochs // 2}, half of --epochs {s.epochs}")
         s.warmup_epochs = s.epochs // 2

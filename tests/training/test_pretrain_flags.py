@@ -174,10 +174,13 @@ def test_flags_without_effect_are_said(capsys, monkeypatch, flags, words):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("flags", [["--lead", "flow"], ["--lead-epochs", "3"]])
-def test_half_of_leading_is_refused(flags):
-    with pytest.raises(BadInput, match="--lead VIEW and --lead-epochs E go together"):
-        pretrain.arguments([*flags, "--videos", "v", "--flow", "f", "--prototypes", "p", "--out", "o"])
+def test_a_view_leads_for_half_of_the_epochs_where_nothing_else_is_said():
+    required = ["--videos", "v", "--flow", "f", "--prototypes", "p", "--out", "o"]
+    for flags, epochs in ((["--lead", "flow"], 250), (["--lead", "flow", "--epochs", "24"], 12), ([], 0),
+                          (["--lead", "rgb", "--lead-epochs", "3"], 3), (["--lead", "rgb", "--lead-epochs", "0"], 0)):
+        assert pretrain.arguments([*flags, *required]).lead_epochs == epochs
+    with pytest.raises(BadInput, match="--lead-epochs 3: which view leads is missing"):
+        pretrain.arguments(["--lead-epochs", "3", *required])
 
 
 def test_help_shows_what_a_reader_of_the_paper_sets_and_help_all_the_rest(capsys):
