@@ -307,7 +307,7 @@ def arguments(argv=None):
         raise BadInput(f"--scale {s.scale[0]} {s.scale[1]}: must be 1 <= LOW <= HIGH")
     notes = list(without_effect(s, p))
     if s.lead_epochs is None:
-        s.lead_epochs = 0 if s.lead == "none" else s.epochs // 2
+        s.lead_epochs = 0 if s.lead == "none" else s.epochs * 3 // 4
     if s.warmup_epochs > s.epochs // 2:
         notes.append(f"--warmup-epochs {s.warmup_epochs} is cut to {s.epochs // 2}, half of --epochs {s.epochs}")
         s.warmup_epochs = s.epochs // 2

@@ -41,7 +41,7 @@ def parser(every):
     more("--prior-sign", type=int, choices=(1, -1), default=1, help="-1: the released code's anti-prior")
     g.add_argument("--guide-start", type=non_negative_int, default=0, help="epoch from which views guide each other")
     more("--lead", choices=("none", *model.VIEWS), default="none", help="a view that guides first, by itself unguided")
-    more("--lead-epochs", type=non_negative_int, help="epochs that it leads, from then on each guides (default: half)")
+    more("--lead-epochs", type=non_negative_int, help="epochs that it leads, from then on each guides (default: 3/4)")
     more("--alternate", type=positive_int, default=50, help="vicc: epochs that one view learns, then the other")
     more("--train-prototypes", action="store_true", help='learn them too, as SwAV (Table 3, "No")')
     more("--iters", type=positive_int, default=3, help="Sinkhorn rounds (released code)")

@@ -174,9 +174,9 @@ def test_flags_without_effect_are_said(capsys, monkeypatch, flags, words):
     assert capsys.readouterr().out == ""
 
 
-def test_a_view_leads_for_half_of_the_epochs_where_nothing_else_is_said():
+def test_a_view_leads_for_three_quarters_of_the_epochs_where_nothing_else_is_said():
     required = ["--videos", "v", "--flow", "f", "--prototypes", "p", "--out", "o"]
-    for flags, epochs in ((["--lead", "flow"], 250), (["--lead", "flow", "--epochs", "24"], 12), ([], 0),
+    for flags, epochs in ((["--lead", "flow"], 375), (["--lead", "flow", "--epochs", "24"], 18), ([], 0),
                           (["--lead", "rgb", "--lead-epochs", "3"], 3), (["--lead", "rgb", "--lead-epochs", "0"], 0)):
         assert pretrain.arguments([*flags, *required]).lead_epochs == epochs
     with pytest.raises(BadInput, match="--lead-epochs 3: which view leads is missing"):
