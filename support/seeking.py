@@ -21,12 +21,15 @@ TRIES = 8  # key frames looked at
 IDR = {"h264": lambda byte: byte & 31 == 5, "hevc": lambda byte: byte >> 1 & 63 in (19, 20)}
 SLICES = {"h264": lambda byte: 1 <= byte & 31 <= 5, "hevc": lambda byte: byte >> 1 & 63 < 32}
 CLOSED = {"vp8", "vp9", "av1"}  # whose key frames forget all before them
+# whose colours PyAV gives as OpenCV does, bit by bit
+PIXELS = {"yuv420p", "yuvj420p", "yuv422p", "yuv444p"}
 TURNS = {90: cv2.ROTATE_90_COUNTERCLOCKWISE, -90: cv2.ROTATE_90_CLOCKWISE, 180: cv2.ROTATE_180, -180: cv2.ROTATE_180}
 
 
 class KeyFrame(NamedTuple):
     number: int  # of the first frame that decodes from here
     stamp: int  # of its packet
+    seek: tuple  # times to seek to: between it and the next, where an index leads to it; else that of the one before
 
 
 class KeyFrames(NamedTuple):
@@ -42,8 +45,8 @@ NONE = KeyFrames(0, [], "")
 def key_frames(path, stat):
     """The key frames of a film. stat: of its file, `videos.file_stat`: another is another film."""
     with streams.open_stream(path) as (container, stream):
-        codec = stream and stream.codec_context.codec.canonical_name
-        if codec not in IDR and codec not in CLOSED:
+        context = stream and stream.codec_context
+        if not context or context.codec.canonical_name not in (*IDR, *CLOSED) or context.pix_fmt not in PIXELS:
             return NONE
         # MP4's index holds every packet, unless it comes in fragments; others' are read to the end
         if "mp4" in container.format.name and stream.frames:
@@ -56,12 +59,14 @@ def key_frames(path, stat):
     decoded = [dts for _, dts, *_ in packets if dts is not None]
     if any(at is None for at, *_ in packets) or any(a >= b for a, b in pairwise(decoded)):  # or time starts again
         return NONE
-    shown, at = 0, []
+    shown, at = 0, []  # (number, stamp)
     for time, _, is_key, is_discard in packets:
         if is_key:
-            at.append(KeyFrame(shown, time))
+            at.append((shown, time))
         shown += not is_discard
-    return KeyFrames(shown, at, stamp)
+    times = [at[0][1], *(time for _, time in at), packets[-1][0]] if at else []
+    return KeyFrames(shown, [KeyFrame(number, time, ((time + after) // 2, before)) for (number, time), before, after
+                             in zip(at, times, times[2:], strict=False)], stamp)
 
 
 def nal_headers(data, codec, extradata):
@@ -86,7 +91,8 @@ def forgets(packet):
 
 
 class SeekingDecoder:
-    """Decodes a film from a key frame on; the methods are those of cv2.VideoCapture."""
+    """Decodes a film from a key frame on; the methods are those of cv2.VideoCapture. As there a damaged place is the
+    film's end."""
 
     def __init__(self, path, stat):
         self.known, self.opened, self.frame = key_frames(path, stat), streams.open_stream(path), None
@@ -107,15 +113,19 @@ class SeekingDecoder:
 
     def _packet(self, key):
         """The packet of a key frame, if nothing after it looks behind it."""
-        self.container.seek(key.stamp, stream=self.stream)
-        for packet in self.container.demux(self.stream):
-            found = getattr(packet, self.known.stamp) == key.stamp
-            if found or not packet.size or (packet.dts is not None and packet.dts > key.stamp):
-                break
-        return packet if found and packet.is_keyframe and forgets(packet) else None
+        for time in key.seek:
+            self.container.seek(time, stream=self.stream)
+            for packet in self.container.demux(self.stream):
+                if getattr(packet, self.known.stamp) == key.stamp:
+                    return packet if packet.is_keyframe and forgets(packet) else None
+                if packet.dts is not None and packet.dts > key.stamp:
+                    break
+        return None
 
     def grab(self):
-        self.frame = next(self.frames, None)
+        self.frame = None
+        with suppress(av.FFmpegError):
+            self.frame = next(self.frames, None)
         return self.frame is not None
 
     def retrieve(self):

@@ -11,7 +11,6 @@ from collections import Counter, defaultdict
 from contextlib import suppress
 from fractions import Fraction
 
-import av
 import cv2
 
 from support import frame_folders, seeking, streams
@@ -121,11 +120,7 @@ class FilmReader:
 
     def _grab(self):
         """Decode the next frame -> whether there is one."""
-        try:
-            there = self.video.grab()
-        except av.FFmpegError:  # a damaged place; OpenCV gives what decodes after it
-            self.video, self.seeks = _open_decoder(self.path), False
-            there = all(self.video.grab() for _ in range(self.position + 1))
+        there = self.video.grab()
         self.position += there
         return there
 
