@@ -147,9 +147,11 @@ def _on_screen(path, wanted, stored):
 
 
 def frames_at(path, wanted, fps=0, frames=None):
-    """Yield (t, uint8 [H, W, 3] BGR) for the frames `wanted` (ascending) of a video, as far as they decode, in one pass.
-    fps: as for `decode`, whose frames `wanted` counts. frames: as for `FilmReader`, of a video as stored. Raises BadInput
-    as `decode`."""
+    """Yield (t, uint8 [H, W, 3] BGR) for the frames `wanted` (ascending) of a video, as far as they decode.
+
+    fps: as for `decode`, whose frames `wanted` counts. frames: as for `FilmReader`, of a video as stored. Raises
+    BadInput as `decode`.
+    """
     if fps:
         yield from _on_screen(path, wanted, frames_at_rate(path, fps))
         return

@@ -46,13 +46,15 @@ def check(path, wanted, jumps, frames=None):
 
 
 WANTED = [35, 36, 37, 70, 118, 119]
+BT709 = {"colorspace": "bt709", "x264-params": "colormatrix=bt709:scenecut=0"}
 FORMS = {"mp4": ("mp4", "libx264", {}), "b frames": ("mp4", "libx264", {"b_frames": 3}),
-         "matroska": ("matroska", "libx264", {"b_frames": 3}), "transport stream": ("mpegts", "libx264", {"b_frames": 3}),
-         "hevc": ("mp4", "libx265", {"options": {"x265-params": "open-gop=0:scenecut=0:log-level=none"}.items()}),
+         "matroska": ("matroska", "libx264", {"b_frames": 3}),
+         "transport stream": ("mpegts", "libx264", {"b_frames": 3}),
+         "hevc": ("mp4", "libx265", {"options": {"x265-params": "open-gop=0:scenecut=0:log-level=none"}}),
          "vp9": ("webm", "libvpx-vp9", {}), "vp8": ("webm", "libvpx", {}),
          "444": ("mp4", "libx264", {"pixels": "yuv444p"}), "422": ("mp4", "libx264", {"pixels": "yuv422p"}),
          "full range": ("mp4", "libx264", {"pixels": "yuvj420p"}),
-         "bt709": ("mp4", "libx264", {"options": {"colorspace": "bt709", "x264-params": "colormatrix=bt709:scenecut=0"}.items()})}
+         "bt709": ("mp4", "libx264", {"options": BT709})}
 
 
 @pytest.mark.parametrize("form", FORMS)

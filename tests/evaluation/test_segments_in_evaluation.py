@@ -50,8 +50,8 @@ def both(cut):
 
 def test_each_segment_is_a_sample_with_the_label_of_its_film(cut, tmp_path):
     out = run(cut, tmp_path, "retrieval", *both(cut), "--features", tmp_path / "f")
-    assert [v["name"] for v in out["gallery"]] == NAMES["train"] and [v["label"] for v in out["gallery"]] == [0, 0, 1, 1, 1]
-    assert [v["name"] for v in out["queries"]] == NAMES["test"] and [v["label"] for v in out["queries"]] == [0, 1, 1]
+    for what, subset, labels in (("gallery", "train", [0, 0, 1, 1, 1]), ("queries", "test", [0, 1, 1])):
+        assert [v["name"] for v in out[what]] == NAMES[subset] and [v["label"] for v in out[what]] == labels
     assert out["results"].keys() == {"rgb", "flow", "rgb+flow"} and out["left_out"] == []
     assert out["protocol"]["pictures"] == "of an RGB store, short side 190 px"
     assert len(list((tmp_path / "f").iterdir())) == 2

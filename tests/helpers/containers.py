@@ -8,7 +8,7 @@ import numpy as np
 
 
 def encode(frames, form, codec="libx264", stamps=None, rate=25, gop=12, b_frames=0, pixels="yuv420p", options=()):
-    """uint8 frames [H, W, 3] -> the bytes of a file. stamps: times in ms (default: at `rate`). options: of the codec."""
+    """uint8 frames [H, W, 3] -> a file's bytes. stamps: times in ms (default: at `rate`). options: of the codec."""
     file = io.BytesIO()
     with av.open(file, "w", format=form) as container:
         stream = container.add_stream(codec, rate=rate)

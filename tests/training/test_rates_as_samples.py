@@ -19,8 +19,8 @@ def rates(tmp_path_factory):
     for rate in (30, 12):
         frames = [np.full((32, 32, 3), 20 + PER_SECOND * t / rate, np.uint8) for t in range(2 * rate)]
         (root / "v" / f"{rate}.mp4").write_bytes(encode(frames, "mp4", rate=rate))
-    assert flow.main(["--videos", str(root / "v"), "--out", str(root / "flow"), "--rgb", str(root / "rgb"), "--fps", "6",
-                      "--short-side", "0", "--warps", "1", "--epsilon", "0.1", "--workers", "1"]) == 0
+    assert flow.main(["--videos", str(root / "v"), "--out", str(root / "flow"), "--rgb", str(root / "rgb"), "--fps",
+                      "6", "--short-side", "0", "--warps", "1", "--epsilon", "0.1", "--workers", "1"]) == 0
     return root
 
 
