@@ -171,15 +171,17 @@ class TestClips(Clips):
     protocol "goca": 3 places along the longer side x 10 times evenly spread, K = 30 (paper, section 4). "fast": the
     centre x 4 times. "coclr": windows of T frames every 15 over the whole video, centre place (CoCLR, ViCC). A square
     is the whole short side.
-    views: one alone gives the same clips of it; ("rgb",) asks for no flow store, ("flow",) for no video.
+    views: one alone gives the same clips of it; ("rgb",) asks for no flow store, ("flow",) for no video. rgb: an
+    RgbStore, to read in place of the videos.
     Views that coincide, as in short videos and square frames, come once, with their share of the mean as `weight` [K].
     A video that can't be read, or takes more than `time_limit` seconds, all its views together, gives {"fault": why}.
     """
 
     def __init__(self, videos, store, *, views=("rgb", "flow"), protocol="goca", frames=32, size=128, stride=1,
-                 time_limit=600):
+                 time_limit=600, rgb=None):
         super().__init__(videos)
-        self.store, self.frames, self.size, self.stride = store, frames, size, stride
+        self.store, self.rgb = (store if "flow" in views else None), (rgb if "rgb" in views else None)
+        self.frames, self.size, self.stride = frames, size, stride
         self.views, self.protocol, self.reader = views, protocol, None
         self.time_limit = time_limit
 
@@ -197,7 +199,7 @@ class TestClips(Clips):
     def __getitem__(self, index):
         try:
             with self.reading(index):
-                video, views = self.videos[index], self._views if "flow" in self.views else self._rgb_views
+                video, views = self.videos[index], self._views if self.store or self.rgb else self._rgb_views
                 return {**with_time_limit(self.time_limit, video.path, views, video), "index": index}
         except READ_ERRORS as e:
             self.reader = None  # a stalled one's thread may still hold it
@@ -212,18 +214,23 @@ class TestClips(Clips):
         return [(i, Box(1, place, place)) for i, place in count], weight, sorted({t for clip in clips for t in clip})
 
     def _views(self, video):
-        flow, _ = open_views(video, self.store)
-        h, w = flow.shape  # of u over v
-        n, reader = len(flow), None
-        if video.frames:  # flow is that of the whole film
-            n = min(n - video.first, max(1, video.frames - 1))
+        flow, rgb = open_views(video, self.store, self.rgb)
+        (h, w), height = (flow.shape, 2) if flow else (rgb.shape, 1)  # u over v
+        n = len(flow) if flow else max(1, len(rgb) - 1)
+        # of a piece of a film there is the piece's own flow (flow.py --segment), or that of the whole film
+        own = flow is None or "first_frame" in flow.header
+        skip = 0 if own else video.first
+        if video.frames and not own:
+            n = min(n - skip, max(1, video.frames - 1))
             if n < 1:
                 raise BadInput(f"{video.path} has flow up to frame {video.first} only; extract its flow again: "
                                f"{flow.command}")
-            reader = self._reader(video) if "rgb" in self.views else None
-        views, weight, wanted = self._plan(n, h == 2 * w)
-        come = ((t - video.first, *both) for t, *both in
-                read_frames(video, flow, [video.first + t for t in wanted], reader=reader, views=self.views))
+        reader = None
+        if video.frames and "rgb" in self.views and not rgb:
+            reader = self._reader(video, self.store.frames_of(video.name) if own else len(flow) + 1)
+        views, weight, wanted = self._plan(n, h == height * w)
+        come = ((t - skip, *both) for t, *both in read_frames(video, flow, [skip + t for t in wanted], rgb, reader,
+                                                              self.views, video.first - skip))
         shape = None if "rgb" in self.views else shape_of_film(flow)
         return {**cut_clips(come, {"views": views}, self.size, self.views, shape)["views"], "weight": weight}
 
@@ -250,10 +257,11 @@ class TestClips(Clips):
                 return {**cut, "weight": weight}
             frames = found
 
-    def _reader(self, video):
-        """A decoder that is not beyond the first frame of `video`; that of the piece before, if it is of one film."""
+    def _reader(self, video, frames=None):
+        """A decoder that is not beyond the first frame of `video`; that of the piece before, if it is of one film.
+        frames: of FilmReader."""
         if not self.reader or self.reader.path != video.path or self.reader.position > video.first:
-            self.reader = FilmReader(video.path)
+            self.reader = FilmReader(video.path, frames)
         return self.reader
 
 

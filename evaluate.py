@@ -48,7 +48,8 @@ from support.files import atomic, check_writable
 from support.kmeans import kmeans
 from support.metrics import KS, accuracy, cluster_scores, nearest, recall
 from support.reporting import mean_of_splits, print_classes, print_left_out, print_results, protocol_in_words
-from support.stores import FlowStore
+from support.segments import expand
+from support.stores import FlowStore, RgbStore
 from support.training_flags import check_inputs
 from support.training_log import commit
 from support.watchdog import end_process_group
@@ -63,9 +64,12 @@ PRETRAINING = ("dataset", "split", "epochs", "global_batch", "optimizer", "lr", 
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
 def labelled_videos(env, split, subset):
-    """The labelled videos of a subset -> VideoSet; those without a label are not used. Prints its notes."""
+    """The labelled videos of a subset, long ones in segments -> VideoSet; those without a label are not used. Prints
+    its notes."""
     s = env.s
     found = read_split(s.dataset, s.videos, s.splits, split, subset, store=env.films)
+    if stores := [store for store in (env.store, env.rgb) if store]:
+        found = found._replace(videos=expand(found.videos, stores[0], env.rgb, frames=not env.films))
     if env.rank == 0 and found.notes:
         print(*found.notes, sep="\n")
     videos = [v for v in found.videos if v.label >= 0]
@@ -111,11 +115,12 @@ def train_and_test_features(env, split):
 
 
 def features_of(env, found, what):
-    return load_or_extract(env.net, found, env.store, env.s, env.device, what, env.rank, env.world, env.whole)
+    return load_or_extract(env.net, found, env.store, env.s, env.device, what, env.rank, env.world, env.whole,
+                           env.rgb)
 
 
 def listed(videos):
-    return [{"path": v.path, "label": v.label} for v in videos]
+    return [{"path": v.path, "label": v.label, "name": v.name} for v in videos]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,9 +244,9 @@ def on_clips(env, split):
     def predict(views):
         what = f"{s.command}-split{split}-{'+'.join(views)}"
         classifier = fit_clips(env.net, list(views), train, env.store, env.recipe, s, settings, frozen, what,
-                               env.device, env.rank, env.world)
+                               env.device, env.rank, env.world, env.rgb)
         p, kept, failures = predict_clips(classifier, test, env.store, s, env.device, f"{what}, test", env.rank,
-                                      env.world)
+                                      env.world, env.rgb)
         seen.append(kept)
         faults[:] = failures
         return p
@@ -281,6 +286,8 @@ def protocol_of(env):
            "centring": "each set by its own mean" if centred else "none",
            "precision": "bf16" if env.device.type == "cuda" else "float32", "commit": commit(),
            "pretraining": {k: settings[k] for k in PRETRAINING if "step" in settings and k in settings}}
+    if env.rgb:
+        out["pictures"] = f"of an RGB store, short side {env.rgb.header['short_side']} px"
     if "fusion" in s:
         out["fusion of rgb+flow"] = fusions[s.fusion]
     if env.recipe:
@@ -291,7 +298,8 @@ def protocol_of(env):
 
 def environment(s, device, rank, world):
     """What every command works on: the network of the views that are asked for, as part of `whole`, with its settings,
-    the flow store or None, `films`: that store where it alone says which there are, the recipe. Raises BadInput."""
+    the stores of flow and RGB or None, `films`: that of flow where it alone says which there are, the recipe. Raises
+    BadInput."""
     whole, settings = load_network(s)
     for k in NETWORK:
         setattr(s, k, settings[k])
@@ -303,11 +311,12 @@ def environment(s, device, rank, world):
     views = [v for v in whole.backbones if any(v in asked.split("+") for asked in s.views)]
     check_inputs(s, views)
     store = FlowStore(s.flow) if s.flow else None
+    rgb = RgbStore(s.rgb) if s.rgb and "rgb" in views else None
     if store and "flow" in views:
         check_store(store, settings, s)
     whole = whole.to(device, memory_format=torch.channels_last_3d)
     return SimpleNamespace(s=s, net=only_views(whole, views), whole=whole, settings=settings, store=store,
-                           films=None if "rgb" in views else store, device=device, rank=rank, world=world,
+                           rgb=rgb, films=None if "rgb" in views else store, device=device, rank=rank, world=world,
                            recipe=recipe_of(s))
 
 

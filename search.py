@@ -9,7 +9,8 @@ Out  an index: one .npz with a unit feature of every film, or of every piece of 
     python search.py page   --index films.npz --out page                              # open page/index.html
 
 index   features of all films; with --flow, the store that flow.py made of them, of both views, else of RGB alone.
-        --segment 10 indexes every 10 seconds of long films. Under torchrun several processes share the work; an
+        --segment 10 indexes every 10 seconds of long films; a store that flow.py --segment made is indexed by its
+        segments. Under torchrun several processes share the work; an
         interrupted one goes on. Films that can't be read are named, and tried again the next time
 query   the nearest by cosine of a film that need not be in the index; its flow is computed if the index has flow. Of a
         film of several pieces each is looked up, and the best similarity counts
@@ -34,7 +35,6 @@ from support import approximate
 from support.cli import Help, command_line, say
 from support.collection_index import (
     bring_up_to_date,
-    check_flow,
     check_weights,
     extract,
     features_of,
@@ -42,6 +42,7 @@ from support.collection_index import (
     make_header,
     of_views,
     open_network,
+    piece_seconds,
     survey,
 )
 from support.distributed import run_on_first_rank, start_processes
@@ -71,7 +72,7 @@ def index(s):
     net = of_views(net, s.views, store is not None, s.checkpoint).to(device, memory_format=torch.channels_last_3d)
     if "flow" in net.backbones:
         check_store(store, settings, s)
-        check_flow(store, s.flow, s.segment)
+        s.segment = piece_seconds(store, s.flow, s.segment)
     header = make_header(net, settings, s.checkpoint, s.protocol, store, s.segment, s.videos)
     todo, counts, faults = run_on_first_rank(lambda: survey(s.out, header, store))
     if rank == 0:
@@ -275,7 +276,8 @@ def arguments(argv=None):
     c.add_argument("--flow", help="flow store of flow.py; without it RGB alone")
     c.add_argument("--views", nargs="+", choices=VIEWS, help="default: all that there are networks and data for")
     c.add_argument("--out", required=True, help="the index: a new file (.npz), or one to bring up to date")
-    c.add_argument("--segment", type=above_zero(float), help="seconds of a piece (default: whole films)")
+    c.add_argument("--segment", type=above_zero(float),
+                   help="seconds of a piece (default: whole films, or the segments of --flow)")
     c.add_argument("--protocol", choices=SPREAD, default="fast", help="test views: fast 4, goca 30 (the paper's)")
     for name in ("frames", "stride", "size"):
         c.add_argument(f"--{name}", type=above_zero(int), help="of a clip (default: as trained)")

@@ -220,7 +220,7 @@ def new_classifier(net, views, classes, recipe, s, frozen, device):
     return classifier.to(device, memory_format=torch.channels_last_3d)
 
 
-def fit_clips(net, views, found, store, recipe, s, settings, frozen, what, device, rank, world):
+def fit_clips(net, views, found, store, recipe, s, settings, frozen, what, device, rank, world, rgb=None):
     """Train a classifier on augmented clips, one a video and epoch -> Classifier in eval mode.
 
     Keeps OUT/<what>.pt once an epoch and OUT/<what>.json (loss and learning rate by epoch); the same command continues.
@@ -244,7 +244,7 @@ def fit_clips(net, views, found, store, recipe, s, settings, frozen, what, devic
     start = state["step"] if state else 0
     clips = data.TrainClips(found.videos, store, frames=settings["frames"], n_long=1, n_short=0, size=settings["size"],
                             stride=settings["stride"], scale=tuple(settings["scale"]), seed=s.seed, cache=s.cache,
-                            views=tuple(views))
+                            views=tuple(views), rgb=rgb)
     batches = EpochBatches(len(found.videos), s.batch_size, recipe.epochs, s.seed, rank, world)
     log = EpochLog(what, batches.steps_per_epoch * recipe.epochs, batches.steps_per_epoch, rank, start, state)
     labels = torch.tensor([v.label for v in found.videos])
@@ -286,14 +286,14 @@ def save(path, state):
 
 
 @torch.inference_mode()
-def predict_clips(classifier, found, store, s, device, what, rank, world):
+def predict_clips(classifier, found, store, s, device, what, rank, world, rgb=None):
     """Class probabilities of test videos, the mean of the softmax over their test views.
 
     -> (probabilities [n, classes], places in found.videos of the n that could be read, faults).
     """
     views = tuple(v for v in model.VIEWS if v in classifier.backbones)
     clips = data.TestClips(found.videos, store, views=views, protocol=s.protocol, frames=s.frames, size=s.size,
-                           stride=s.stride)
+                           stride=s.stride, rgb=rgb)
     own = range(rank, len(found.videos), world)
     loader = Loader(clips, lambda done: {"sampler": own[done:], "batch_size": None}, s.workers)
     rows, faults = {}, []

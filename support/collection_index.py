@@ -129,13 +129,19 @@ def of_views(net, views, flow, checkpoint):
     return Backbones({v: net.backbones[v] for v in net.backbones if v in views})
 
 
-def check_flow(store, root, segment):
-    """Raise BadInput where pieces of `segment` seconds, or whole films, can't be had of a flow store."""
-    wrong = ("segment", "fps") if segment else ("segment",)
-    cuts = " ".join(f"--{k} {store.header[k]}" for k in wrong if store.header.get(k))
-    if cuts:
-        raise BadInput(f"--flow {root} was made with {cuts}, and an index {'of pieces ' if segment else ''}needs the "
-                       f"flow of whole films{' as stored' if segment else ''}; make that, or take --views rgb")
+def piece_seconds(store, root, segment):
+    """Seconds of a piece: --segment, or those into which flow.py --segment cut long films; None for whole films.
+
+    Raises BadInput where such pieces can't be had of a flow store.
+    """
+    cut, fps = store.header.get("segment"), store.header.get("fps")
+    if cut and segment and segment != cut:
+        raise BadInput(f"--flow {root} was made with --segment {cut:g}, so those are the pieces; leave out --segment "
+                       f"{segment:g}, make flow of whole films, or take --views rgb")
+    if fps and (cut or segment):
+        raise BadInput(f"--flow {root} was made with --fps {fps:g}, and an index of pieces needs the flow of films as "
+                       f"stored; make that, or take --views rgb")
+    return cut or segment
 
 
 def make_header(net, settings, checkpoint, protocol, store, segment, videos):
@@ -169,6 +175,12 @@ def mark_of(path):
         return 0, 0
 
 
+def mark_of_flow(store, name):
+    """Of all its segments where the film is cut."""
+    marks = [mark_of(store.path(own)) for own in ([name] if name in store else store.segments(name))]
+    return sum(size for size, _ in marks), max((time for _, time in marks), default=0)
+
+
 def probe(job, settings, report):
     """(path,) -> (frames, frames a second) as the file declares them; counted where it doesn't. Work of
     `run_in_processes`."""
@@ -185,6 +197,42 @@ def pieces_of(path, name, frames, fps, segment, mark):
     ends = [*starts[1:], frames]
     return [Piece(Video(path, name, -1, a, b - a), (a / fps, b / fps), mark)
             for a, b in zip(starts, ends, strict=True)]
+
+
+def pieces_as_cut(path, name, frames, fps, segment, mark):
+    """A film's pieces as flow.py --segment cuts it: the frame at a cut belongs to both."""
+    pairs = Settings({"segment": segment}).segment_pairs(fps)
+    if frames <= pairs + 1:
+        return [Piece(Video(path, name, -1), (0.0, frames / fps), mark)]
+    starts = range(0, frames - 1, pairs)
+    ends = [*starts[1:], frames]  # in the index the next piece begins where this one ends
+    return [Piece(Video(path, name, -1, a, min(pairs + 1, frames - a)), (a / fps, b / fps), mark)
+            for a, b in zip(starts, ends, strict=True)]
+
+
+def pieces_in_store(path, name, store, mark):
+    """The pieces of a film that a flow store holds cut, or the film itself. Raises BadInput where it holds neither."""
+    pieces = []
+    for own in store.segments(name) if name not in store else []:
+        flow = store.open(own)
+        first, fps, final = (flow.header[k] for k in ("first_frame", "source_fps", "final"))
+        end = first + len(flow) + final
+        pieces.append(Piece(Video(path, own, -1, first, len(flow) + 1), (first / fps, end / fps), mark))
+    if pieces:
+        return pieces
+    about = store.open(name).header
+    return [Piece(Video(path, name, -1), (0.0, about["source_frames"] / about["source_fps"]), mark)]
+
+
+def find_pieces_in_store(found, marks, store):
+    """`find_pieces` of films that flow.py --segment cut; none of them is opened."""
+    pieces, faults = [], []
+    for file, (name, path) in found.items():
+        try:
+            pieces += pieces_in_store(path, name, store, marks[file])
+        except BadInput as e:
+            faults.append(str(e))
+    return pieces, faults
 
 
 def find_pieces(found, marks, segment, time_limit=60):
@@ -238,7 +286,7 @@ def bring_up_to_date(out, header, store):
     {file: path}, {file: mark} of the films there are)."""
     root = header["videos"]
     found = {os.path.relpath(path, root): (name, path) for name, path in find_videos(root).items()}
-    marks = {file: mark_of(path) + (mark_of(store.path(name)) if header["flow"] else (0, 0))
+    marks = {file: mark_of(path) + (mark_of_flow(store, name) if header["flow"] else (0, 0))
              for file, (name, path) in found.items()}
     kept = merge(out, header, marks)
     if kept is not None:
@@ -255,8 +303,10 @@ def survey(out, header, store):
     keys = set(kept.keys()) if kept is not None else set()
     # of which pieces a film consists is known once it was opened
     done = set() if header["segment"] else {file for file, _ in keys}
-    pieces, faults = find_pieces({file: film for file, film in found.items() if file not in done}, marks,
-                                 header["segment"])
+    left = {file: film for file, film in found.items() if file not in done}
+    cut = header["flow"] and header["flow"].get("segment")
+    pieces, faults = (find_pieces_in_store(left, marks, store) if cut else
+                      find_pieces(left, marks, header["segment"]))
     todo = [p for p in pieces if (os.path.relpath(p.video.path, header["videos"]), p.video.first) not in keys]
     anew = {os.path.relpath(p.video.path, header["videos"]) for p in todo}
     counts = {"new": len(anew - before), "changed": len(anew & before),
@@ -298,9 +348,10 @@ def check_weights(path, header, net, checkpoint):
 
 
 def flow_of(film, header, folder):
-    """The flow of one film as that of the index was made -> FlowStore in `folder`, where it is called "query"."""
+    """The flow of one film as that of the index was made, but whole -> FlowStore in `folder`, where it is "query"."""
     if header.get("method") == "TV-L1":
         choose_backend(header["backend"])  # says how to build what is lacking
+    header = {k: v for k, v in header.items() if k != "segment"}
     Path(folder, "header.json").write_text(json.dumps(header))
     extract_video(Job(film, os.path.join(folder, "query.avi"), None), Settings(header))
     return FlowStore(folder)
@@ -320,7 +371,8 @@ def features_of(film, net, header, device, batch_views):
         seconds[what] += now - began
         began = now
 
-    pieces = pieces_of(film, "query", *probe((film,), None, None), header["segment"], ())
+    cut = pieces_as_cut if header["flow"] and header["flow"].get("segment") else pieces_of
+    pieces = cut(film, "query", *probe((film,), None, None), header["segment"], ())
     lap("decoding")
     with tempfile.TemporaryDirectory() as folder:
         store = None

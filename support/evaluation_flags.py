@@ -41,6 +41,7 @@ def input_flags(c, name):
     g.add_argument("--splits", help="folder of the data set's official lists")
     g.add_argument("--split", type=int, nargs="+", default=[1], choices=(1, 2, 3), help="several: also their mean")
     g.add_argument("--flow", help="flow store of flow.py; not needed with --views rgb")
+    g.add_argument("--rgb", help="RGB store of flow.py --rgb, read in place of the videos; segments need it")
     g.add_argument("--json", help="file for the results")
     if name != "finetune":
         g.add_argument("--features", help="folder of features (default: RUN/features; none: not kept)")

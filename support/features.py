@@ -107,15 +107,15 @@ def view_features(net, protocol, clips):
 
 
 @torch.inference_mode()
-def extract_blocks(net, videos, store, s, device, what, keep, done=()):
+def extract_blocks(net, videos, store, s, device, what, keep, done=(), rgb=None):
     """Features of `videos` block by block; calls keep(block, {view: float32 [k, D], "kept", "faults"}).
 
     kept: places in `videos` of the k that could be read. done: blocks to leave out. store: None where the network is
-    of RGB alone.
+    of RGB alone. rgb: an RgbStore that is read in place of the videos, or None.
     """
     views = tuple(net.backbones)
     clips = data.TestClips(videos, store, views=views, protocol=s.protocol, frames=s.frames, size=s.size,
-                           stride=s.stride)
+                           stride=s.stride, rgb=rgb)
     places = range(len(videos))
     blocks = {b: places[b * BLOCK:(b + 1) * BLOCK] for b in range(-(-len(videos) // BLOCK)) if b not in done}
     own = [i for block in blocks.values() for i in block]
@@ -148,38 +148,40 @@ def join_blocks(parts):
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
 
-def place_of(net, found, store, s, device, what):
+def place_of(net, found, store, s, device, what, rgb=None):
     """-> (header of a VideoSet's features by a network, its hash, the file that keeps them or None)."""
     of_flow = "flow" in net.backbones
     header = {"weights": fingerprint(net.backbones), **{k: getattr(s, k) for k in (*NETWORK, "protocol")},
               "precision": "bf16" if device.type == "cuda" else "float32", "flow": store.header if of_flow else None,
               "videos": hashlib.sha256(json.dumps([(v.name, v.label) for v in found.videos]).encode()).hexdigest(),
               "without_flow": [v.name for v in found.videos if v.name not in store] if of_flow else None}
+    if rgb and "rgb" in net.backbones:
+        header["rgb"] = rgb.header
     key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
     at = Path(s.weights[-1].rpartition("=")[2] if s.weights else s.checkpoint)
     folder = s.features or (None if s.checkpoint == "none" else (at if at.is_dir() else at.parent) / "features")
     return header, key, folder and Path(folder) / f"{s.dataset}-{what}-{s.protocol}-{key}.npz"
 
 
-def load_or_extract(net, found, store, s, device, what, rank=0, world=1, whole=None):
+def load_or_extract(net, found, store, s, device, what, rank=0, world=1, whole=None, rgb=None):
     """The features of a VideoSet, from the file that holds them if there is one -> Features (None on rank > 0).
 
     store: None where the network is of RGB alone. whole: a network of more views, of which `net` is a part: where its
-    features are kept, they are taken.
+    features are kept, they are taken. rgb: an RgbStore that is read in place of the videos.
     Raises BadInput where none of the videos can be read, or the file is of other weights, videos, flow or views.
     """
     videos = found.videos
-    header, key, path = place_of(net, found, store, s, device, what)
+    header, key, path = place_of(net, found, store, s, device, what, rgb)
     if path is None and world > 1:
         raise BadInput("several processes need --features, the folder in which they share their work")
     if path and not path.exists() and whole not in (None, net) and store:
-        *of_whole, other = place_of(whole, found, store, s, device, what)
+        *of_whole, other = place_of(whole, found, store, s, device, what, rgb)
         # of the same videos: of what lacks flow, or whose flow is damaged, it has none
         if other.exists() and len(load_arrays(other, "features", "")[1]["kept"]) == len(videos):
             (header, key), path = of_whole, other
     made_by = f"python evaluate.py features --{'weights' if s.weights else 'checkpoint'} {s.checkpoint}"
     if path is None or not path.exists():
-        joined = _extract_all(net, videos, store, s, device, what, path, rank, world)
+        joined = _extract_all(net, videos, store, s, device, what, path, rank, world, rgb)
         if rank == 0:
             header |= {"key": key, "classes": found.classes}
             joined |= {"names": np.array([videos[i].name for i in joined["kept"]], str),
@@ -207,12 +209,12 @@ def load_or_extract(net, found, store, s, device, what, rank=0, world=1, whole=N
                     found.left_out() + faults)
 
 
-def _extract_all(net, videos, store, s, device, what, path, rank, world):
+def _extract_all(net, videos, store, s, device, what, path, rank, world, rgb):
     """`extract_video` shared by all processes and kept in parts beside `path` -> everything on rank 0."""
     blocks = -(-len(videos) // BLOCK)
     if path is None:
         parts = {}
-        extract_blocks(net, videos, store, s, device, what, parts.__setitem__)
+        extract_blocks(net, videos, store, s, device, what, parts.__setitem__, rgb=rgb)
         return join_blocks([parts[b] for b in range(blocks)])
 
     def part(b):
@@ -222,7 +224,7 @@ def _extract_all(net, videos, store, s, device, what, path, rank, world):
         save_arrays(part(b), "part of features", {}, **arrays)
 
     done = {b for b in range(blocks) if b % world != rank or part(b).exists()}
-    extract_blocks(net, videos, store, s, device, what, keep, done)
+    extract_blocks(net, videos, store, s, device, what, keep, done, rgb)
     if world > 1:
         dist.barrier()
     if rank == 0:

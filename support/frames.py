@@ -39,13 +39,14 @@ class EndsEarly(BadInput):
         self.frames = frames
 
 
-def read_frames(video, flow, wanted, rgb=None, reader=None, views=("rgb", "flow")):
+def read_frames(video, flow, wanted, rgb=None, reader=None, views=("rgb", "flow"), first=0):
     """Yield (t, frame uint8 [H, W, 3] in BGR order, flow uint8 [2h, w], u over v) for each t of `wanted`
     (ascending), in one pass.
 
     flow, rgb: of `open_views`; without rgb the video is decoded, by `reader`, a FilmReader, if one is given. views: of
-    one view the other is None, and no file of it is read. Raises BadInput, naming the file, if one can't be read or the
-    video ends before its flow; of RGB alone EndsEarly, where it ends before a wanted frame.
+    one view the other is None, and no file of it is read. first: the frame of `reader`'s film that flow's frame 0 is.
+    Raises BadInput, naming the file, if one can't be read or the video ends before its flow; of RGB alone EndsEarly,
+    where it ends before a wanted frame.
     """
     if "rgb" not in views:
         yield from ((t, None, planes) for t, planes in zip(wanted, flow.frames(wanted), strict=True))
@@ -59,9 +60,11 @@ def read_frames(video, flow, wanted, rgb=None, reader=None, views=("rgb", "flow"
         return
     if rgb is not None:
         source = zip(wanted, rgb.frames(wanted), strict=True)
+    elif reader:
+        source = ((t - first, frame) for t, frame in reader.frames_at([first + t for t in wanted]))
     else:
         # at the rate that its flow was made at
-        source = reader.frames_at(wanted) if reader else frames_at(video.path, wanted, flow.header.get("fps", 0))
+        source = frames_at(video.path, wanted, flow.header.get("fps", 0), len(flow) + 1)
     last = None
     for (t, frame), planes in zip(source, flow.frames(wanted), strict=False):
         yield t, frame, planes

@@ -114,6 +114,12 @@ class Store:
         firsts = self._segments[folder].get(os.path.basename(name), ())
         return [f"{name}@{first}" for first in sorted(firsts)]
 
+    def frames_of(self, name):
+        """Frames of the film that the segment `name` is of; None where its last segment isn't there."""
+        *_, last = self.segments(SEGMENT.fullmatch(f"{name}.avi")[1]) or [name]
+        header = self.open(last).header
+        return header["source_frames"] if header.get("final") else None
+
     def open(self, name):
         """One video, or one segment -> AviReader."""
         try:

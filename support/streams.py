@@ -12,7 +12,7 @@ RESIZABLE = {"h264", "hevc", "vvc", "mpeg1video", "mpeg2video", "vp8", "vp9", "a
 
 
 @contextmanager
-def _open(path):
+def open_stream(path):
     """The first video stream of a file -> (container, stream), or (None, None) where PyAV finds none."""
     try:
         container = av.open(f"file:{path}", metadata_errors="replace")
@@ -31,7 +31,7 @@ def _open(path):
 def hidden_frames(path):
     """Frames that a container holds but does not show: those before the cut of a clip made by stream copy, which stand
     there for the decoder alone (edit list of MP4 and MOV)."""
-    with _open(path) as (_, stream):
+    with open_stream(path) as (_, stream):
         if stream is None or not stream.frames:
             return 0
         shown = sum(not entry.is_discard for entry in stream.index_entries)
@@ -43,7 +43,7 @@ def size_change(path):
 
     Only key frames are decoded: a size begins with one.
     """
-    with _open(path) as (container, stream):
+    with open_stream(path) as (container, stream):
         if stream is None or stream.codec_context.codec.canonical_name not in RESIZABLE:
             return None
         stream.codec_context.skip_frame = "NONKEY"
@@ -63,7 +63,7 @@ def frame_times(path):
     again, as in joined recordings, it goes on.
     """
     packets, started = [], False
-    with _open(path) as (container, stream):
+    with open_stream(path) as (container, stream):
         if stream is None:
             return [], Fraction(1, UNKNOWN_RATE)
         rate, tick = Fraction(stream.average_rate or stream.guessed_rate or UNKNOWN_RATE), stream.time_base

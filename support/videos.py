@@ -1,7 +1,8 @@
 """Videos, files and folders of images: which there are below a folder, and their frames.
 
-One sequential pass with OpenCV's FFmpeg, since the containers' frame counts and seeks are not to be trusted. What
-OpenCV does not tell, time stamps and changes of size, comes from PyAV (support/streams.py).
+One sequential pass with OpenCV's FFmpeg, since the containers' frame counts and seeks are not to be trusted; far into
+a film PyAV begins at a key frame where that is exact (support/seeking.py). What OpenCV does not tell, time stamps and
+changes of size, comes from PyAV too (support/streams.py).
 """
 
 import os
@@ -12,7 +13,7 @@ from fractions import Fraction
 
 import cv2
 
-from support import frame_folders, streams
+from support import frame_folders, seeking, streams
 from support.errors import BadInput
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read once by OpenCV; our message instead of a codec's
@@ -86,12 +87,16 @@ def decode(path, fps=0):
 
 
 class FilmReader:
-    """Frames of a film for calls that go forward: its pieces, one after the other, cost one pass together.
+    """Frames of a film for calls that go forward: its pieces, one after the other, cost one pass together. What lies
+    far ahead is begun at a key frame (support/seeking.py).
 
-    position: frames decoded so far. Raises BadInput as `decode` where there is nothing to open."""
+    frames: how many a pass from the start gives, where that is known: where the packets are not as many, none is passed
+    over, since the numbers would differ. position: the number of the frame that comes next. Raises BadInput as
+    `decode` where there is nothing to open.
+    """
 
-    def __init__(self, path):
-        self.path, self.position = path, 0
+    def __init__(self, path, frames=None):
+        self.path, self.frames, self.position, self.seeks = path, frames, 0, True
         self.video = None if os.path.isdir(path) else _open_decoder(path)
 
     def frames_at(self, wanted):
@@ -101,14 +106,34 @@ class FilmReader:
             yield from frame_folders.read_frames(self.path, wanted)
             self.position = min(wanted[-1] + 1, declared_frames(self.path))
             return
-        need = set(wanted)
-        while self.position <= wanted[-1] and self.video.grab():
-            if self.position in need:
-                ok, frame = self.video.retrieve()
-                if not ok:
-                    break
-                yield self.position, frame
-            self.position += 1
+        for t in wanted:
+            if t - self.position > seeking.FAR and self.seeks:
+                self._seek(t)
+            while self.position < t and self._grab():
+                pass
+            if self.position < t or not self._grab():
+                return
+            ok, frame = self.video.retrieve()
+            if not ok:
+                return
+            yield t, frame
+
+    def _grab(self):
+        """Decode the next frame -> whether there is one."""
+        there = self.video.grab()
+        self.position += there
+        return there
+
+    def _seek(self, t):
+        """Go to a key frame shortly before frame `t`, if one is far ahead."""
+        decoder = seeking.SeekingDecoder(_plain(self.path), file_stat(self.path))
+        self.seeks = bool(decoder.known.at) and self.frames in (None, decoder.known.frames)
+        start = decoder.start(self.position + seeking.FAR, t) if self.seeks else None
+        if start is None:
+            decoder.release()
+        else:
+            self.video.release()
+            self.video, self.position = decoder, start
 
 
 def _on_screen(path, wanted, stored):
@@ -121,17 +146,19 @@ def _on_screen(path, wanted, stored):
         yield from ((t, frame) for t in users[number])
 
 
-def frames_at(path, wanted, fps=0):
-    """Yield (t, uint8 [H, W, 3] BGR) for the frames `wanted` (ascending) of a video, as far as they decode, in one
-    sequential pass. Frames between are decoded but not converted. fps: as for `decode`, whose frames `wanted` counts.
-    Raises BadInput as `decode`."""
+def frames_at(path, wanted, fps=0, frames=None):
+    """Yield (t, uint8 [H, W, 3] BGR) for the frames `wanted` (ascending) of a video, as far as they decode.
+
+    fps: as for `decode`, whose frames `wanted` counts. frames: as for `FilmReader`, of a video as stored. Raises
+    BadInput as `decode`.
+    """
     if fps:
         yield from _on_screen(path, wanted, frames_at_rate(path, fps))
         return
     if os.path.isdir(path):
         yield from frame_folders.read_frames(path, wanted)
         return
-    reader, some = FilmReader(path), False
+    reader, some = FilmReader(path, frames), False
     for item in reader.frames_at(wanted):
         some = True
         yield item

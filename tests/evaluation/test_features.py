@@ -153,4 +153,4 @@ def test_videos_of_no_class_are_left_out(tiny, tmp_path, extracted):
     s = evaluate.arguments(["retrieval", *tiny.common(), *UNTRAINED, "--dataset", "folder"])
     s.videos = str(tmp_path / "videos" / "train" / "a")
     with pytest.raises(BadInput, match="has no labels, which retrieval needs"):
-        evaluate.labelled_videos(SimpleNamespace(s=s, rank=0, films=None), 1, "train")
+        evaluate.labelled_videos(SimpleNamespace(s=s, rank=0, films=None, store=None, rgb=None), 1, "train")

@@ -7,16 +7,17 @@ import av
 import numpy as np
 
 
-def encode(frames, form, codec="libx264", stamps=None, rate=25, gop=12, b_frames=0):
-    """uint8 frames [H, W, 3] -> the bytes of a file. stamps: times in ms (default: at `rate`)."""
+def encode(frames, form, codec="libx264", stamps=None, rate=25, gop=12, b_frames=0, pixels="yuv420p", options=()):
+    """uint8 frames [H, W, 3] -> a file's bytes. stamps: times in ms (default: at `rate`). options: of the codec."""
     file = io.BytesIO()
     with av.open(file, "w", format=form) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt, stream.codec_context.gop_size = "yuv420p", gop
+        stream.pix_fmt, stream.codec_context.gop_size = pixels, gop
         stream.codec_context.max_b_frames, stream.codec_context.thread_count = b_frames, 1
         if codec == "libx264":
             stream.options = {"x264-params": "scenecut=0"}  # key frames where `gop` says
+        stream.options = {**stream.options, **dict(options)}
         if stamps is not None:
             stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
         for t, frame in enumerate(frames):

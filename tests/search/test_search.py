@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from helpers.clips import film
 from helpers.evaluation import checkpoint, in_two_processes
+from helpers.flow import film as moving_film
+from helpers.flow import moving
 from helpers.paths import ROOT
 
 import data
+import flow
 import search
 from support import approximate, collection_index
 from support.collection_index import Collection, load_collection, save_collection
@@ -270,8 +273,68 @@ def test_pieces_of_films_whose_flow_is_whole(tiny, tmp_path):
     assert found[1]["similarity"] == pytest.approx(1, abs=1e-5)
 
 
-def test_flow_in_segments_or_at_another_rate_is_refused(tiny, films, tmp_path):
-    for header, more, words in (({"segment": 5}, [], "--segment 5, and an index needs the flow of whole films"),
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    """A film of 34 frames and one of 8, and their flow in segments of ten pairs."""
+    root = tmp_path_factory.mktemp("cut")
+    for name, frames in (("long", 34), ("short", 8)):
+        moving_film(root / "v" / f"{name}.avi", moving(frames, 40, 48, 1, 0, seed=frames))
+    assert flow.main(["--videos", str(root / "v"), "--out", str(root / "flow"), "--short-side", "0", "--warps", "1",
+                      "--epsilon", "0.1", "--workers", "1", "--segment", "0.4"]) == 0
+    (root / "run").mkdir()
+    checkpoint(root / "run")
+    return root
+
+
+def test_segments_of_a_flow_store_are_indexed_with_their_times(cut, tmp_path):
+    out, store = tmp_path / "i.npz", FlowStore(cut / "flow")
+    assert index(cut, out, "--flow", str(cut / "flow"), videos=cut / "v") == 0
+    held = load_collection(out)
+    assert held.header["segment"] == 0.4 and held.files.tolist() == ["long.avi"] * 4 + ["short.avi"]
+    assert held.frames.tolist() == [[0, 11], [10, 11], [20, 11], [30, 4], [0, 0]]
+    times = [[0, 0.4], [0.4, 0.8], [0.8, 1.2], [1.2, 34 / 25], [0, 8 / 25]]
+    assert held.spans.tolist() == [pytest.approx(t) for t in times]
+    # features of a segment are those of its frames
+    moving_film(tmp_path / "own" / "one.avi", moving(34, 40, 48, 1, 0, seed=34)[10:21])
+    header = {k: v for k, v in store.header.items() if k != "segment"}
+    (tmp_path / "flow").mkdir()
+    (tmp_path / "flow" / "header.json").write_text(json.dumps(header))
+    shutil.copy(cut / "flow" / "long@10.avi", tmp_path / "flow" / "one.avi")
+    clips = data.TestClips([Video(str(tmp_path / "own" / "one.avi"), "one", -1)], FlowStore(tmp_path / "flow"),
+                           protocol="fast", frames=8, size=32)
+    piece = data.TestClips([Video(str(cut / "v" / "long.avi"), "long@10", -1, 10, 11)], store, protocol="fast",
+                           frames=8, size=32)
+    own, cut_out = clips[0], piece[0]
+    assert "fault" not in own and "fault" not in cut_out
+    assert torch.equal(own["rgb"], cut_out["rgb"])
+    assert own["weight"].sum() == pytest.approx(1)
+    # a query of the film finds each of its pieces as it is
+    found = query(out, cut / "v" / "long.avi", tmp_path, "--k", "5")
+    assert [r["similarity"] for r in found[:4]] == pytest.approx([1] * 4, abs=1e-5)
+    assert found[4]["path"].endswith("short.avi")
+    assert sorted((r["start_s"], r["end_s"]) for r in found[:4]) == [pytest.approx(t, abs=1e-3) for t in times[:4]]
+    assert search.main(["page", "--index", str(out), "--out", str(tmp_path / "page")]) == 0
+    assert len(list((tmp_path / "page" / "previews").iterdir())) == 5
+    assert "pieces of films" in (tmp_path / "page" / "index.html").read_text()
+
+
+def test_a_segment_more_is_indexed_and_a_film_without_flow_is_named(cut, tmp_path, capsys):
+    shutil.copytree(cut / "flow", tmp_path / "flow")
+    shutil.copytree(cut / "v", tmp_path / "v")
+    (tmp_path / "flow" / "long@30.avi").rename(tmp_path / "last")
+    shutil.copy(cut / "v" / "short.avi", tmp_path / "v" / "other.avi")
+    out, how = tmp_path / "i.npz", ("--flow", str(tmp_path / "flow"))
+    assert index(cut, out, *how, videos=tmp_path / "v") == 0
+    said = capsys.readouterr().out
+    assert len(load_collection(out).files) == 4 and "left out: " in said and "has no flow of other" in said
+    (tmp_path / "last").rename(tmp_path / "flow" / "long@30.avi")
+    assert index(cut, out, *how, videos=tmp_path / "v") == 0
+    assert "1 changed" in capsys.readouterr().out and len(load_collection(out).files) == 5
+
+
+def test_flow_in_other_segments_or_at_another_rate_is_refused(tiny, films, tmp_path):
+    for header, more, words in (({"segment": 5}, ["--segment", "1"], "--segment 5, so those are the pieces; leave out"),
+                                ({"segment": 5, "fps": 8}, [], "--fps 8, and an index of pieces needs"),
                                 ({"fps": 8}, ["--segment", "1"], "--fps 8, and an index of pieces needs")):
         (tmp_path / "header.json").write_text(json.dumps({**FlowStore(tiny.flow).header, **header}))
         with pytest.raises(BadInput, match=words):
