@@ -1,0 +1,88 @@
+"""The page of a run: what was trained, its curves, what it is worth, and its films, playing.
+
+    python -m experiments.report RUN --out PAGE                                  # while it trains, from its log alone
+    python -m experiments.report RUN --json untrained.json sep.json goca.json --out PAGE
+
+In   RUN/log.jsonl, or a log by itself; results of evaluate.py: of the untrained network (--checkpoint none), of other
+     runs to compare, and of this one, which is known by its method and settings; films, flow and prototypes, where the
+     log and the results say they are. What is lacking is named.
+Out  PAGE/index.html, which opens by double click, with the films' previews beside it.
+
+While the run goes on the page reloads itself, and --watch 30 makes it anew every 30 s until the run ends.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments.report.films import Films, flow_section, queries_section
+from experiments.report.prototypes import prototypes_section
+from experiments.report.results import confusion_section, of_another_run, read_results, tables
+from experiments.report.training import charts, facts, state
+from experiments.result_files import read_log
+from support.cli import Help, positive, say
+from support.files import check_writable
+from support.page import Section, write_page
+
+RELOAD_S = 60  # between two reloads of a page, where --watch says nothing else
+
+
+class Parts(NamedTuple):
+    """What of a page stays as it is while a run goes on."""
+
+    tables: str
+    sections: list
+    films: Films
+    faults: list  # what can't be shown
+
+
+def read_parts(s, settings):
+    """Read results, films, flow and prototypes. Raises BadInput where a result is none, or of something else."""
+    results = read_results(s.json, s.split, settings)
+    films, folder = Films(settings.get("videos")), Path(s.out) / "previews"
+    folder.mkdir(parents=True, exist_ok=True)
+    queries, asked = queries_section(results, films)
+    flow, no_flow = flow_section(settings, asked, films, folder)
+    prototypes, no_prototypes = prototypes_section(settings["prototypes"])
+    unreadable = films.make_previews(folder)
+    faults = [*filter(None, [of_another_run(results)]), *no_flow, *no_prototypes, *unreadable]
+    return Parts(tables(results), [*queries, *confusion_section(results), *prototypes, *flow], films, faults)
+
+
+def write(s, log, parts):
+    """Write the page of a log as it is now -> whether the run goes on."""
+    said, goes_on = state(log, time.time())
+    own = Section("Run", facts(log, said) + parts.tables + charts(log))
+    write_page(s.out, title=f"{log.settings['method']} on {log.settings['dataset']}, {said.partition(',')[0]}",
+               items=parts.films.items, sections=[own, *parts.sections], notes=[f"run {s.run}", *parts.faults],
+               reload_s=(s.watch or RELOAD_S) if goes_on else None)
+    return goes_on
+
+
+def report(s):
+    """Write a run's page, with --watch again and again -> exit status."""
+    log = read_log(s.run)
+    check_writable(Path(s.out) / "index.html", "--out")
+    parts = read_parts(s, log.settings)
+    for fault in parts.faults:
+        say(fault)
+    while write(s, log, parts) and s.watch:
+        time.sleep(s.watch)
+        log = read_log(s.run)
+    films = len(parts.films.items)
+    say(f"{Path(s.out) / 'index.html'}: {len(log.steps)} lines of the log, {len(s.json)} results, {films} films, "
+        f"{sum(bool(item.missing) for item in parts.films.items)} of them not readable")
+    return 0
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(prog="python -m experiments.report", formatter_class=Help,
+                                description="The page of a run, which plays its films and opens without a server.")
+    p.add_argument("run", metavar="RUN", help="a run's folder, or its log.jsonl by itself")
+    p.add_argument("--json", nargs="+", default=[], metavar="FILE",
+                   help="results of evaluate.py: untrained, of other runs, of this run")
+    p.add_argument("--out", required=True, help="folder of the page: OUT/index.html")
+    p.add_argument("--split", type=int, help="of a result on several (default: the first)")
+    p.add_argument("--watch", type=positive, metavar="SECONDS", help="make it anew so often until the run ends")
+    return report(p.parse_args(argv))
