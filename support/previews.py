@@ -9,6 +9,7 @@ The frames lie at most 0.15 s apart, round the middle of the piece: what moves i
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ FRAMES = 8
 SPAN = 1.2  # seconds that a loop lasts at most
 LATEST = 120  # seconds: a longer film is shown as it is here, since decoding starts at its beginning
 LIMIT = 18_000  # bytes a preview
+NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}-\d+x\d+-\d+\.webp")
 # longer side in px and quality: the first that stays within LIMIT
 SETTINGS = ((192, 60), (192, 45), (192, 30), (144, 30), (96, 20), (64, 10))
 
@@ -45,14 +47,14 @@ class Preview(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
 # ---------------------------------------------------------------------------------------------------------------------
-def _digest(*parts):
+def digest(*parts):
     return hashlib.sha1(b"\0".join(os.fsencode(str(p)) for p in parts), usedforsecurity=False).hexdigest()[:16]
 
 
-def _state(path):
+def state_of(path):
     """What changes with a film's content; None where it is gone."""
     try:
-        return _digest(*file_stat(path))
+        return digest(*file_stat(path))
     except OSError:
         return None
 
@@ -65,7 +67,7 @@ def _strip(file):
 
 
 def _previews(folder):
-    return sorted(file for file in os.listdir(folder) if file.endswith(".webp") and file.count("-") == 3)
+    return sorted(file for file in os.listdir(folder) if NAME.fullmatch(file))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,8 +166,8 @@ def make_previews(pieces, folder, workers=None, time_limit=300, progress=False):
         kept = {file.split("-")[0]: file for file in _previews(folder)}
     except OSError as e:
         raise BadInput(f"{folder} can't be written ({e.strerror}); choose a folder that can") from e
-    states = {path: _state(path) for path, _, _ in pieces}
-    keys = [_digest(*piece) for piece in pieces]
+    states = {path: state_of(path) for path, _, _ in pieces}
+    keys = [digest(*piece) for piece in pieces]
     problems = {path: f"{os.fspath(path)} doesn't exist" for path, state in states.items() if state is None}
     jobs = {}
     for key, (path, start, end) in zip(keys, pieces, strict=True):

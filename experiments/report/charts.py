@@ -1,4 +1,4 @@
-"""Charts as SVG inside a page: curves, points, bars. Colours come from the page (support/page_assets/page.css), so that
+"""Charts as SVG inside a page: curves and bars. Colours come from the page (support/page_assets/page.css), so that
 they suit light and dark; what is shown is told apart by dashes, shapes and words too.
 """
 
@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from support.page import readable
 
-WIDTH, HEIGHT = 380, 230  # of the drawing; the page scales it
-LEFT, RIGHT, TOP, BOTTOM = 44, 64, 12, 34  # margins, the right one for the names of curves
+WIDTH, HEIGHT = 380, 244  # of the drawing; the page scales it
+LEFT, RIGHT, TOP, BOTTOM = 44, 64, 34, 34  # margins: on the right the names of curves, above those of marks
 MOST = 300  # points of a curve
 LINE = 13  # px between two names
 FEW = 60  # points of a curve that still have room for symbols
@@ -93,7 +93,7 @@ class Axes:
         for k, mark in enumerate(marks):
             x = self.x(mark.at)
             parts += [_line("mark", x, x, TOP, HEIGHT - BOTTOM),
-                      _label(x + 4, HEIGHT - BOTTOM - 5 - LINE * k, mark.text)]
+                      _label(x - 3, TOP - 4 - LINE * (k % 2), mark.text)]
         return parts
 
 
@@ -150,11 +150,4 @@ def bars(title, groups, name, marks=()):
             parts.append(f'<rect class="bar {kind}" x="{axes.x(a) + k * width:.1f}" y="{axes.y(n):.1f}" '
                          f'width="{width:.1f}" height="{axes.y(0) - axes.y(n):.1f}">'
                          f"<title>{text(f'{words}: {n}, {a:.3f} to {b:.3f}')}</title></rect>")
-    return _svg(title, parts)
-
-
-def scatter(title, places, kind):
-    """Places [n, 2] within 0..1 as points without axes."""
-    side = HEIGHT - 20
-    parts = [_symbol(kind, (WIDTH - side) / 2 + side * x, 10 + side * y, f"{i}") for i, (x, y) in enumerate(places)]
     return _svg(title, parts)

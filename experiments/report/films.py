@@ -51,7 +51,7 @@ def _answers(r, view, i, films):
     near = [r.out["gallery"][j] for j in r.out["neighbours"][view][i][:NEIGHBOURS]]
     right = sum(video["label"] == label for video in near)
     shown = "".join(film(films.add(v["path"], classes[v["label"]]), "right" if v["label"] == label else "wrong",
-                         classes[v["label"]]) for v in near)
+                         "" if classes[v["label"]] in Path(v["path"]).parts else classes[v["label"]]) for v in near)
     return (f'<div class="answers"><h3>{text(r.name)} <small>{right} of {len(near)} right</small></h3>'
             f'<div class="films">{shown}</div></div>')
 
@@ -98,16 +98,16 @@ def flow_section(settings, queries, films, folder):
     except BadInput as e:
         return [], [f"no flow is shown: {e}"]
     parts, strips, faults = "", [], []
-    for k, (name, path) in enumerate(chosen):
+    for name, path in chosen:
         try:
-            strips.append(flow_strip(name, path, store, folder, k))
+            strips.append(flow_strip(name, path, store, folder))
         except BadInput as e:
             faults.append(f"no flow is shown: {e}")
             continue
         own = films.add(path)
         parts += f'<div class="pair">{film(own)}{film(films.add_flow(own, strips[-1]))}</div>'
     forget_others(folder, strips)
-    hint = (f'<p class="hint">{text(store.header.get("method", "Flow"))} over its film. Colour and arrows say where a '
-            f"point moves, their strength and length how far.</p>"
-            f'<img class="wheel" alt="Right is red, down green, left cyan, up violet." src="{wheel()}">')
+    hint = (f'<div class="legend"><img class="wheel" alt="Right is red, down green, left cyan, up violet." '
+            f'src="{wheel()}"><p class="hint">{text(store.header.get("method", "Flow"))} over its film. Colour and arrows '
+            f"say where a point moves, their strength and length how far.</p></div>")
     return [Section("Flow", f'{hint}<div class="pairs">{parts}</div>')] if parts else [], faults

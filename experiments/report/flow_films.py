@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from support.errors import BadInput
-from support.previews import FRAMES, frame_numbers, rate, save_strip
+from support.previews import FRAMES, digest, frame_numbers, rate, save_strip, state_of
 from support.stores import dequantise
 from support.videos import find_videos, frames_at
 
@@ -57,9 +57,9 @@ def wheel(size=96):
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
-def flow_strip(name, path, store, folder, key):
-    """Write the loop of a film's flow into a folder of previews -> Strip. name: in the store; path: of the film; key:
-    of the loop's file. Raises BadInput, naming the file, where one can't be read."""
+def flow_strip(name, path, store, folder):
+    """Write the loop of a film's flow into a folder of previews -> Strip. name: in the store; path: of the film.
+    Raises BadInput, naming the file, where one can't be read."""
     cut = store.segments(name)
     first = int(cut[0].rpartition("@")[2]) if cut else 0
     reader, fps = store.open(cut[0] if cut else name), store.header.get("fps", 0)
@@ -70,7 +70,8 @@ def flow_strip(name, path, store, folder, key):
     flows = [dequantise(plane).reshape(2, -1, plane.shape[1]).transpose(1, 2, 0) for plane in reader.read(numbers)]
     full = max(0.5, float(np.percentile(np.hypot(*np.stack(flows).transpose(3, 0, 1, 2)), 99)))
     pictures = [drawn(frames[first + t], flow, full) for t, flow in zip(numbers, flows, strict=True)]
-    return save_strip(folder, f"flow-{key}", pictures, step * FRAMES)
+    stem = f"flow-{digest(path, store.root)}-{digest(state_of(path), state_of(reader.path))}"
+    return save_strip(folder, stem, pictures, step * FRAMES)
 
 
 def name_in_store(path, videos):

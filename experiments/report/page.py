@@ -53,9 +53,9 @@ def read_parts(s, settings):
 def write(s, log, parts):
     """Write the page of a log as it is now -> whether the run goes on."""
     said, goes_on = state(log, time.time())
-    own = Section("Run", facts(log, said) + parts.tables + charts(log))
-    write_page(s.out, title=f"{log.settings['method']} on {log.settings['dataset']}, {said.partition(',')[0]}",
-               items=parts.films.items, sections=[own, *parts.sections], notes=[f"run {s.run}", *parts.faults],
+    own = Section("Run", f'<div class="columns"><div>{facts(log)}</div><div>{parts.tables}</div></div>{charts(log)}')
+    write_page(s.out, title=f"Run {s.run}", items=parts.films.items, sections=[own, *parts.sections],
+               notes=[f"{log.settings['method']} on {log.settings['dataset']}, {said}", *parts.faults],
                reload_s=(s.watch or RELOAD_S) if goes_on else None)
     return goes_on
 

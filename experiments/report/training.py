@@ -9,7 +9,7 @@ from experiments.result_files import curve
 
 METHODS = {"goca": "each view's assignment is guided by the other's", "sep": "two views, without guiding",
            "avg": "two views, one assignment of their mean", "sview": "SwAV on one view", "vicc": "ViCC"}
-VIEWS = {"rgb": "RGB", "flow": "flow", "rgb+flow": "RGB + flow"}
+VIEWS = {"rgb": "RGB", "flow": "Flow", "rgb+flow": "RGB + flow"}
 STANDS_S = 3600  # seconds without a line of the log, after which a run counts as interrupted
 # the log's name of what a chart shows, the chart's title, whether ln N is marked
 PANELS = (("loss", "Loss", True), ("entropy", "Entropy of an assignment, nats", True),
@@ -31,8 +31,8 @@ def state(log, now):
     return f"{at}, {when}; it goes on", True
 
 
-def facts(log, said):
-    """What was trained, on what, by which command and commit. said: of `state`."""
+def facts(log):
+    """What was trained, on what, by which command and commit."""
     first, s = log.starts[0], log.settings
     world = max(1, s.get("global_batch", 0) // s["batch_size"])
     launch = ["python"] if world == 1 else ["torchrun", "--nproc-per-node", str(world)]
@@ -40,7 +40,7 @@ def facts(log, said):
     if s.get("lead_epochs"):
         method += f"; {s['lead']} leads for {s['lead_epochs']} epochs"
     rows = {
-        "State": said, "Method": method,
+        "Method": method,
         "Data": f"{s['dataset']}, {first['videos']} videos in {s['videos'] or s['flow']}",
         "Network": f"{s['arch']}, width {s['width']:g}; clips of {s['frames']} frames, {s['size']} px",
         "Assignment": f"{round(math.exp(first['ln_n']))} prototypes, ln N = {first['ln_n']:.3f}; "
