@@ -1,6 +1,7 @@
 """The page of a run: python -m experiments.report. A file each for its parts:
 
-page.py        the command: puts the parts together
+__main__.py    the command
+page.py        puts the parts together
 training.py    what was trained, and the curves of its log
 results.py     tables of evaluate.py's results, confusion by class
 films.py       queries with their nearest videos, and flow, playing

@@ -108,6 +108,6 @@ def flow_section(settings, queries, films, folder):
         parts += f'<div class="pair">{film(own)}{film(films.add_flow(own, strips[-1]))}</div>'
     forget_others(folder, strips)
     hint = (f'<div class="legend"><img class="wheel" alt="Right is red, down green, left cyan, up violet." '
-            f'src="{wheel()}"><p class="hint">{text(store.header.get("method", "Flow"))} over its film. Colour and arrows '
-            f"say where a point moves, their strength and length how far.</p></div>")
+            f'src="{wheel()}"><p class="hint">{text(store.header.get("method", "Flow"))} over its film. Colour and '
+            f"arrows say where a point moves, their strength and length how far.</p></div>")
     return [Section("Flow", f'{hint}<div class="pairs">{parts}</div>')] if parts else [], faults

@@ -1,17 +1,5 @@
-"""The page of a run: what was trained, its curves, what it is worth, and its films, playing.
+"""Puts the parts of a run's page together and writes it, with --watch until the run ends."""
 
-    python -m experiments.report RUN --out PAGE                                  # while it trains, from its log alone
-    python -m experiments.report RUN --json untrained.json sep.json goca.json --out PAGE
-
-In   RUN/log.jsonl, or a log by itself; results of evaluate.py: of the untrained network (--checkpoint none), of other
-     runs to compare, and of this one, which is known by its method and settings; films, flow and prototypes, where the
-     log and the results say they are. What is lacking is named.
-Out  PAGE/index.html, which opens by double click, with the films' previews beside it.
-
-While the run goes on the page reloads itself, and --watch 30 makes it anew every 30 s until the run ends.
-"""
-
-import argparse
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +9,7 @@ from experiments.report.prototypes import prototypes_section
 from experiments.report.results import confusion_section, of_another_run, read_results, tables
 from experiments.report.training import charts, facts, state
 from experiments.result_files import read_log
-from support.cli import Help, positive, say
+from support.cli import say
 from support.files import check_writable
 from support.page import Section, write_page
 
@@ -74,15 +62,3 @@ def report(s):
     say(f"{Path(s.out) / 'index.html'}: {len(log.steps)} lines of the log, {len(s.json)} results, {films} films, "
         f"{sum(bool(item.missing) for item in parts.films.items)} of them not readable")
     return 0
-
-
-def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m experiments.report", formatter_class=Help,
-                                description="The page of a run, which plays its films and opens without a server.")
-    p.add_argument("run", metavar="RUN", help="a run's folder, or its log.jsonl by itself")
-    p.add_argument("--json", nargs="+", default=[], metavar="FILE",
-                   help="results of evaluate.py: untrained, of other runs, of this run")
-    p.add_argument("--out", required=True, help="folder of the page: OUT/index.html")
-    p.add_argument("--split", type=int, help="of a result on several (default: the first)")
-    p.add_argument("--watch", type=positive, metavar="SECONDS", help="make it anew so often until the run ends")
-    return report(p.parse_args(argv))
