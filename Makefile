@@ -20,7 +20,7 @@ $(VENV)/installed: requirements.txt
 build: $(VENV)/installed
 	$(BIN)/python setup.py -q build_ext --inplace
 
-# Films, flow, prototypes, pre-training, retrieval, figures: every stage by its own command. Interrupted, it goes on.
+# Films, flow, prototypes, pre-training, retrieval, a page: every stage by its own command. Interrupted, it goes on.
 # make demo SEED=7 DEMO=demo7 runs another seed into another folder.
 SEED ?= 0
 SET = --dataset ucf101 --videos $(DEMO)/films/videos --splits $(DEMO)/films/splits --flow $(DEMO)/flow
@@ -43,11 +43,9 @@ demo: $(VENV)/installed
 	    --prototypes $(DEMO)/prototypes.npz --out $(DEMO)/goca
 	@echo "=== 7/8 what GOCA retrieves"
 	@$(BIN)/python evaluate.py retrieval --checkpoint $(DEMO)/goca $(SET) --json $(DEMO)/goca.json
-	@echo "=== 8/8 figures"
-	@$(BIN)/python -m experiments.figures prototypes --prototypes $(DEMO)/prototypes.npz --out $(DEMO)/prototypes.png
-	@$(BIN)/python -m experiments.figures training --run $(DEMO)/goca --out $(DEMO)/training.png
-	@$(BIN)/python -m experiments.figures retrieval --json $(DEMO)/untrained.json --versus $(DEMO)/goca.json \
-	    --view rgb --out $(DEMO)/retrieval.png
+	@echo "=== 8/8 a page of all that, and what it means"
+	@$(BIN)/python -m experiments.report $(DEMO)/goca --json $(DEMO)/untrained.json results/demo/sep_seed0.json \
+	    $(DEMO)/goca.json --out $(DEMO)
 	@echo
 	@$(BIN)/python -m experiments.demo $(DEMO)
 

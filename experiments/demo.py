@@ -1,10 +1,10 @@
-"""The end of `make demo`: the table, what it means, and where the pictures are.
+"""The end of `make demo`: the table, what it means, and where the page of the run is.
 
     python -m experiments.demo DEMO
 
 In   DEMO/untrained.json, DEMO/goca.json (evaluate.py retrieval) and the committed run without guiding,
      results/demo/sep_seed0.json.
-Out  R@1 and R@5 of the three by view, two sentences, the pictures below DEMO.
+Out  R@1 and R@5 of the three by view, two sentences, the page that experiments/report wrote.
 """
 
 import argparse
@@ -32,13 +32,13 @@ def meaning(untrained, guided):
 
 def main(argv=None):
     p = argparse.ArgumentParser(prog="python -m experiments.demo", formatter_class=Help,
-                                description="The table of a demo, what it means, where its pictures are.")
+                                description="The table of a demo, what it means, where its page is.")
     p.add_argument("folder", help="what `make demo` filled")
     folder = Path(p.parse_args(argv).folder)
     files = [str(folder / "untrained.json"), str(SEP), str(folder / "goca.json")]
     show_files(SimpleNamespace(files=files, k=[1, 5]))
     print(f"\n{meaning(load(files[0])['results'], load(files[2])['results'])}\n")
-    print("pictures: " + " ".join(sorted(str(path) for path in folder.glob("*.png"))))
+    print(f"a page of it all, which plays; open it in a browser: {folder / 'index.html'}")
     return 0
 
 

@@ -18,7 +18,6 @@ classifier, or the nearest neighbour, says. Of a result of several splits the fi
 
 import argparse
 import functools
-import json
 from pathlib import Path
 
 import matplotlib
@@ -27,7 +26,8 @@ import torch
 
 from experiments import method
 from experiments.paper import LAMBDA_GRID, LAMBDAS, TABLES
-from experiments.tables import check_comparable, collect, load, ours
+from experiments.result_files import confusion_table, curve, load_retrieval, of_split, one_query_a_class, read_log
+from experiments.tables import check_comparable, collect, ours
 from support.cli import Help, command_line
 from support.errors import BadInput
 from support.features import view_matrix
@@ -94,38 +94,24 @@ CURVES = {"loss": "loss", "entropy": "entropy of an assignment (nats)", "prototy
           "lr": "learning rate", "samples_per_s": "videos a second", "data_wait": "share of time waiting"}
 
 
-def read_log(run):
-    """RUN/log.jsonl -> (first line, lines with a loss). Raises BadInput if there is none."""
-    path = Path(run) / "log.jsonl"
-    try:
-        whole = path.read_text().rpartition("\n")[0]  # not a line that is just being written
-        lines = [json.loads(line) for line in whole.splitlines()]
-    except FileNotFoundError:
-        raise BadInput(f"{path} doesn't exist; --run takes a folder that pretrain.py wrote") from None
-    except ValueError as e:
-        raise BadInput(f"{path} is damaged ({e})") from e
-    steps = [line for line in lines if "loss" in line]
-    if not steps:
-        raise BadInput(f"{path} holds no step yet")
-    return lines[0], steps
-
-
 def training(args):
     """Eight curves of each run's log over its epochs."""
     figure, axes = plt.subplots(2, 4, figsize=(17, 6.5))
     for run in args.run:
-        first, steps = read_log(run)
-        label = f"{Path(run).name} ({first['settings']['method']})"
+        log = read_log(run)
+        if not log.steps:
+            raise BadInput(f"{log.path} holds no step yet")
+        label = f"{Path(run).name} ({log.settings['method']})"
         for axis, key in zip(axes.flat, CURVES, strict=True):
-            points = [(s["epoch"], s[key]) for s in steps if key in s]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=label)
+            if found := curve(log.steps, key):
+                axis.plot(*zip(*found, strict=True), label=label)
+        ln_n = log.starts[0]["ln_n"]
         for axis in axes.flat[:2]:
-            axis.axhline(first["ln_n"], color="grey", lw=0.8, ls=":")
+            axis.axhline(ln_n, color="grey", lw=0.8, ls=":")
     for axis, title in zip(axes.flat, CURVES.values(), strict=True):
         axis.set(title=title, xlabel="epoch")
     for axis in axes.flat[:2]:
-        axis.annotate("ln N", (0, first["ln_n"]), color="grey", va="bottom")
+        axis.annotate("ln N", (0, ln_n), color="grey", va="bottom")
     axes[0, 0].legend()
     figure.tight_layout()
     save(figure, args.out)
@@ -138,24 +124,6 @@ def middle_frame(path):
     """The middle one of the frames that decode, RGB."""
     frames = list(decode(path))
     return frames[len(frames) // 2][..., ::-1]
-
-
-def of_split(path, split, command="retrieval"):
-    """A result of evaluate.py on one split: that which is asked for, or the first in the file."""
-    out = load(path, command)
-    held = out.get("splits", {str(out["protocol"].get("split")): out})
-    name = next(iter(held)) if split is None else str(split)
-    if name not in held:
-        raise BadInput(f"{path} holds no split {name}; it holds {', '.join(held)}")
-    own = held[name]
-    return {**own, "protocol": {**out["protocol"], **own.get("protocol", {}), "split": name}}
-
-
-def load_retrieval(path, split):
-    out = of_split(path, split)
-    if lacking := {"neighbours", "queries", "gallery", "classes"} - out.keys():
-        raise BadInput(f"{path} is no result of: python evaluate.py retrieval --json (no {sorted(lacking)[0]})")
-    return out
 
 
 def tile(axis, video, classes, right=None):
@@ -179,10 +147,7 @@ def retrieval(args):
             raise BadInput(f"{args.json} and {args.versus} answer different queries")
         check_comparable(args.versus, r["protocol"], args.json, results[0]["protocol"])
     queries, classes = results[0]["queries"], results[0]["classes"]
-    by_class = {}
-    for i in np.random.default_rng(args.seed).permutation(len(queries)):  # chance decides, not the outcome
-        by_class.setdefault(queries[i]["label"], int(i))
-    rows = [by_class[c] for c in sorted(by_class)][:args.rows]
+    rows = one_query_a_class(queries, args.rows, args.seed)
     k = min(args.neighbours, len(results[0]["neighbours"][args.view][0]))
     columns = 1 + len(results) * (k + 1)
     figure, axes = plt.subplots(len(rows), columns, figsize=(1.15 * columns, 1.35 * len(rows)), squeeze=False,
@@ -276,17 +241,11 @@ def confusion(args):
     side = min(14, 2.5 + 0.42 * n)
     figure, axes = plt.subplots(1, len(files), figsize=((side + 1) * len(files), side), squeeze=False)
     for axis, out, file in zip(axes.flat, results, files, strict=True):
-        if args.view not in out["results"] or "queries" not in out:
+        table = confusion_table(out, args.view)
+        if table is None:
             raise BadInput(f"{file} has no single videos of view {args.view}: it takes the result of retrieval, "
                            f"linear or finetune")
-        truth = np.array([q["label"] for q in out["queries"]])
-        if "predictions" in out:
-            predicted = np.array(out["predictions"][args.view])
-        else:
-            predicted = np.array([out["gallery"][line[0]]["label"] for line in out["neighbours"][args.view]])
         names = out["classes"]
-        table = np.zeros((len(names), len(names)))
-        np.add.at(table, (truth, predicted), 1)
         share = 100 * table / np.maximum(1, table.sum(1, keepdims=True))
         image = axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
         if len(names) <= 20:
@@ -298,7 +257,7 @@ def confusion(args):
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
         axis.set_yticks(range(len(names)), names, fontsize=size)
         p = out["protocol"]
-        right = 100 * (truth == predicted).mean()
+        right = 100 * np.trace(table) / table.sum()
         axis.set(xlabel="predicted", ylabel="class",
                  title=f"{p['method']}, {p.get('command', 'retrieval')}, {args.view}: {right:.1f} % right")
         figure.colorbar(image, ax=axis, label="% of the class", shrink=0.8)

@@ -57,7 +57,8 @@ class Section(NamedTuple):
 
 def film(item, mark="", note=""):
     """HTML of one film that plays. item: its place in the items. mark: "right", "wrong" or none. note: a line below."""
-    return f'<span data-film="{item:d}" data-mark="{html.escape(mark)}" data-note="{html.escape(note)}"></span>'
+    note = html.escape(readable(note))
+    return f'<span data-film="{item:d}" data-mark="{html.escape(mark)}" data-note="{note}"></span>'
 
 
 def nearest(item, view, k):

@@ -9,6 +9,7 @@ The frames lie at most 0.15 s apart, round the middle of the piece: what moves i
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,15 +17,17 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from support import frame_folders
 from support.errors import BadInput
 from support.files import atomic
-from support.videos import decode, frames_at
+from support.videos import decode, file_stat, film_length, frames_at
 from support.worker_pool import cores, run_in_processes
 
 FRAMES = 8
 SPAN = 1.2  # seconds that a loop lasts at most
 LATEST = 120  # seconds: a longer film is shown as it is here, since decoding starts at its beginning
 LIMIT = 18_000  # bytes a preview
+NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}-\d+x\d+-\d+\.webp")
 # longer side in px and quality: the first that stays within LIMIT
 SETTINGS = ((192, 60), (192, 45), (192, 30), (144, 30), (96, 20), (64, 10))
 
@@ -44,17 +47,16 @@ class Preview(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
 # ---------------------------------------------------------------------------------------------------------------------
-def _digest(*parts):
+def digest(*parts):
     return hashlib.sha1(b"\0".join(os.fsencode(str(p)) for p in parts), usedforsecurity=False).hexdigest()[:16]
 
 
-def _state(path):
-    """What changes with a file's content; None where the file is gone."""
+def state_of(path):
+    """What changes with a film's content; None where it is gone."""
     try:
-        of = os.stat(path)
+        return digest(*file_stat(path))
     except OSError:
         return None
-    return _digest(of.st_size, of.st_mtime_ns)
 
 
 def _strip(file):
@@ -65,18 +67,18 @@ def _strip(file):
 
 
 def _previews(folder):
-    return sorted(file for file in os.listdir(folder) if file.endswith(".webp") and file.count("-") == 3)
+    return sorted(file for file in os.listdir(folder) if NAME.fullmatch(file))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One film
 # ---------------------------------------------------------------------------------------------------------------------
-def _rate_and_length(path):
-    """Frames a second and number of frames as the container declares them; 25 and 0 where it doesn't."""
-    video = cv2.VideoCapture(os.fspath(path), cv2.CAP_FFMPEG)
-    fps, count = video.get(cv2.CAP_PROP_FPS), video.get(cv2.CAP_PROP_FRAME_COUNT)
-    video.release()
-    return (fps if 0 < fps < 1000 else 25.0), max(0, int(count))
+def rate(path):
+    """Frames a second of a film as it declares them, else 25."""
+    fps = 0.0
+    if os.path.isfile(path):
+        fps = cv2.VideoCapture(os.fspath(path), cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FPS)
+    return fps if 0 < fps < 1000 else frame_folders.RATE
 
 
 def frame_numbers(first, last, fps):
@@ -103,6 +105,15 @@ def encode(frames):
     return data.tobytes(), *size
 
 
+def save_strip(folder, stem, frames, seconds):
+    """Write eight frames uint8 [H, W, 3] as a loop of `seconds` into a folder of previews -> Strip."""
+    data, width, height = encode(frames)
+    file = f"{stem}-{width}x{height}-{round(1000 * seconds)}.webp"
+    with atomic(Path(folder) / file) as tmp:
+        tmp.write_bytes(data)
+    return Strip(file, width, height, round(1000 * seconds) / 1000)
+
+
 def _read(path, wanted):
     """The frames `wanted` of a film -> {number: frame no larger than a preview needs}, those that decode."""
     def small(frame):
@@ -118,15 +129,14 @@ def strips_of(job, folder, report):
     the film, where none do.
     """
     path, state, pieces = job
-    next(decode(path))  # refuses what is no video, before anything else opens it
-    fps, count = _rate_and_length(path)
+    count, fps = film_length(path), rate(path)
 
     def plan(count):
         return [frame_numbers(min(round(start * fps), max(0, count - 1)),
                               min(count, round(end * fps)) if end is not None else count, fps)
                 for _, start, end in pieces]
 
-    plans = plan(count or sum(1 for _ in decode(path)))
+    plans = plan(count)
     try:
         frames = _read(path, {t for numbers, _ in plans for t in numbers})
     except BadInput:
@@ -134,11 +144,8 @@ def strips_of(job, folder, report):
         frames = _read(path, {t for numbers, _ in plans for t in numbers})
     made, last = [], max(frames)
     for (piece, _, _), (numbers, step) in zip(pieces, plans, strict=True):
-        data, width, height = encode([frames[min(t, last)] for t in numbers])
-        file = f"{piece}-{state}-{width}x{height}-{round(1000 * step * FRAMES)}.webp"
-        with atomic(Path(folder) / file) as tmp:
-            tmp.write_bytes(data)
-        made.append((piece, file))
+        strip = save_strip(folder, f"{piece}-{state}", [frames[min(t, last)] for t in numbers], step * FRAMES)
+        made.append((piece, strip.file))
         report(piece)
     return made
 
@@ -159,8 +166,8 @@ def make_previews(pieces, folder, workers=None, time_limit=300, progress=False):
         kept = {file.split("-")[0]: file for file in _previews(folder)}
     except OSError as e:
         raise BadInput(f"{folder} can't be written ({e.strerror}); choose a folder that can") from e
-    states = {path: _state(path) for path, _, _ in pieces}
-    keys = [_digest(*piece) for piece in pieces]
+    states = {path: state_of(path) for path, _, _ in pieces}
+    keys = [digest(*piece) for piece in pieces]
     problems = {path: f"{os.fspath(path)} doesn't exist" for path, state in states.items() if state is None}
     jobs = {}
     for key, (path, start, end) in zip(keys, pieces, strict=True):

@@ -18,13 +18,12 @@ def test_rgb_learned_where_it_is_three_standard_errors_above_the_untrained_netwo
     assert words in text and f"for {after:.0f} of 100 queries" in text and "finds 12 and chance 10" in text
 
 
-def test_the_table_the_meaning_and_the_pictures(tmp_path, capsys):
+def test_the_table_the_meaning_and_the_page(tmp_path, capsys):
     committed = json.loads(demo.SEP.read_text())
     for name, method in (("untrained", "untrained"), ("goca", "goca")):
         protocol = {**committed["protocol"], "method": method}
         (tmp_path / f"{name}.json").write_text(json.dumps({**committed, "protocol": protocol}))
-    (tmp_path / "films.png").touch()
     assert demo.main([str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert out.count("\nsep") == 3 and out.count("\ngoca") == 3 and "RGB did not learn" in out
-    assert out.strip().endswith(f"pictures: {tmp_path / 'films.png'}")
+    assert out.strip().endswith(f"open it in a browser: {tmp_path / 'index.html'}")

@@ -120,7 +120,7 @@ def parser_of(program, first=""):
 def programs():
     """What `python` starts here: the stages, and what support and experiments hold of the kind -> {name: file}."""
     out = {}
-    for folder in (".", "support", "experiments", "experiments/bench"):
+    for folder in (".", "support", "experiments", "experiments/bench", "experiments/report"):
         for file in sorted((ROOT / folder).glob("*.py")):
             module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
             if '\nif __name__ == "__main__":' in (text := file.read_text()) and "parse" in text:

@@ -13,13 +13,14 @@ import search
 from experiments import figures, scaling, tables, walkers
 from experiments.bench import __main__ as bench
 from experiments.bench import prototypes as bench_prototypes
+from experiments.report import __main__ as report
 from support.errors import BadInput
 from support.video_index import main
 
 COMMANDS = {"pretrain.py": pretrain.arguments, "evaluate.py": evaluate.arguments, "search.py": search.arguments,
             "flow.py": flow.main, "prototypes.py": prototypes.main, "python -m support.video_index": main,
             **{f"python -m {m.__name__.removesuffix('.__main__')}": m.main for m in (
-                bench, bench_prototypes, figures, scaling, tables, walkers)}}
+                bench, bench_prototypes, figures, report, scaling, tables, walkers)}}
 
 
 def said(name, capsys, monkeypatch, *more):
