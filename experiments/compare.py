@@ -153,7 +153,9 @@ def ranks(path, view):
 
 
 def draw(args):
-    from experiments.figures import COLOURS, plt, save  # here: matplotlib's import takes longer than `show`
+    from matplotlib import pyplot as plt  # here: its import takes longer than `show`
+
+    from experiments.figures import COLOURS, save
 
     x = read_experiment(args.experiment)
     found = collect(x)

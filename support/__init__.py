@@ -13,6 +13,7 @@ Commands and files
     checkpoints     a run's checkpoints: saved, rotated, resumed from
 Videos
     videos          which files there are, and their frames
+    seeking         frames far into a film, from a key frame on
     frame_folders   folders of images as videos
     streams         time stamps and changes of size, which OpenCV doesn't give
     video_index     how many frames each really gives (python -m support.video_index)

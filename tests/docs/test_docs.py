@@ -6,6 +6,7 @@ from helpers.evaluation import checkpoint
 from helpers.paths import ROOT
 
 import model
+from experiments import compare
 from support import datasets
 from support.weights import export
 
@@ -115,6 +116,13 @@ def test_the_checker_notices(text, words):
 ])
 def test_the_checker_is_content(text):
     assert problems(Page(ROOT / "README.md", text)) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*/experiment.json")), ids=lambda p: p.parent.name)
+def test_tables_over_seeds_are_what_their_files_say(path):
+    text = (ROOT / "docs" / "results.md").read_text()
+    for line in compare.lines(compare.read_experiment(path), 30):
+        assert line in text, f"python -m experiments.compare show {path.relative_to(ROOT)}"
 
 
 def test_results_are_all_listed():
