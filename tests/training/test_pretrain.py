@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from helpers.evaluation import in_two_processes
 from helpers.paths import ROOT
 from helpers.training import SMALL, log, poisoned, run, settings, weights
 
@@ -86,12 +87,10 @@ def test_stopping_and_continuing_is_bit_identical(tiny, whole, tmp_path, monkeyp
     assert losses(tmp_path / "run") == losses(whole)
 
 
-def test_torchrun_trains_the_same_global_batches(tiny, whole, tmp_path):
+def test_two_processes_train_on_the_same_global_batches(tiny, whole, forked, tmp_path):
     """2 processes of 5 videos: the first step's loss and assignments are those of one process of 10."""
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-                    str(29300 + os.getpid() % 300), str(ROOT / "pretrain.py"), *tiny.common(), "--prototypes",
-                    str(tiny.prototypes), "--out", str(tmp_path / "run"), *SMALL, "--batch-size", "5", "--epochs", "1"],
-                   check=True, capture_output=True)
+    in_two_processes(forked, tmp_path / "said", "pretrain", *tiny.common(), "--prototypes", tiny.prototypes, "--out",
+                     tmp_path / "run", *SMALL, "--batch-size", "5", "--epochs", "1")
     one, two = log(whole)[1], log(tmp_path / "run")[1]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
     assert two["entropy"] == pytest.approx(one["entropy"], rel=1e-2)
@@ -106,17 +105,25 @@ def test_trained_prototypes_move_and_stay_on_the_sphere(tiny, whole, tmp_path):
     torch.testing.assert_close(after.norm(dim=1), torch.ones(24))
 
 
-def test_compiled_backbones_train_alike(tiny, whole, tmp_path, monkeypatch):
-    """Traced whole by torch.compile; its own code generator would take minutes."""
-    compiled, real = [], torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: (compiled.append(m), real(m, backend="eager",
-                                                                                        fullgraph=True)))
-    longer = []
+def test_both_backbones_are_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: compiled.append(m))
+    s = settings(compile=True, width=0.125, hidden=16)
+    net = pretrain.network(s, torch.eye(16), torch.device("cpu"), 1)
+    assert compiled == list(net.backbones.values()) and len(compiled) == 2
+
+
+def test_a_compiled_backbone_trains_alike(tiny, tmp_path, monkeypatch):
+    """Traced whole by torch.compile; its own code generator would take minutes. One view, and as many short clips as
+    long ones, so that one trace is enough: it takes many times as long as a step."""
+    real, longer = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: real(m, backend="eager", fullgraph=True))
     monkeypatch.setattr(Watchdog, "compiling", lambda self: longer.append(self))
-    assert run(tiny, tmp_path / "run", "--compile") == 0
+    more = ["--views", "rgb", "--short-crops", "2", "--epochs", "1"]
+    assert run(tiny, tmp_path / "plain", *more) == 0 and not longer
+    assert run(tiny, tmp_path / "run", *more, "--compile") == 0
     assert len(longer) == 1  # all steps are alike
-    assert [type(m) for m in compiled] == [model.Backbone] * 2
-    for one, other in zip(log(whole)[1:], log(tmp_path / "run")[1:], strict=True):
+    for one, other in zip(log(tmp_path / "plain")[1:], log(tmp_path / "run")[1:], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
