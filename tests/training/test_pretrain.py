@@ -188,14 +188,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tiny, whole, t
 def test_plan_says_what_would_be_done_and_writes_nothing(tiny, tmp_path, capsys):
     assert run(tiny, tmp_path / "run", "--plan", "--epochs", "7") == 0
     said = capsys.readouterr().out
+    operator = {"compiled": "compiled for cpu", "reference": "PyTorch reference"}[goca.implementation("cpu")]
     assert "2 steps an epoch, 14 in all" in said and "process-hours; nothing was written" in said
-    compiled = goca._compiled("auto", torch.device("cpu"))
     for words in ("goca on ucf101 in", "20 videos (0 listed but absent, 0 that do not decode, 0 without flow)",
                   "both views of 2 crops of 8 and 1 of 8 frames, 32 px; 0 loader processes",
                   "M parameters, float32 on 1 x cpu, ",
                   "24 prototypes, ln N = 3.178; batch 10 x 1", "(7 epochs, 0 videos left out of each)",
                   "learning rate (lars): 4.8 at a batch of 640, scaled by sqrt(10/640); 0.0375 -> 0.6 in 1 epochs",
-                  "assignment and loss: " + ("compiled for cpu" if compiled else "PyTorch reference")):
+                  f"assignment and loss: {operator}"):
         assert words in said
     assert not (tmp_path / "run").exists()
 
