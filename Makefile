@@ -49,9 +49,10 @@ demo: $(VENV)/installed
 	@echo
 	@$(BIN)/python -m experiments.demo $(DEMO)
 
-# In two processes: most tests keep one core busy.
+# In two processes: most tests keep one core busy. Each takes one half of the files, so that what the tests of a file
+# share is made once, and whoever is done first takes tests from the other.
 test: build
-	$(BIN)/python -m pytest -q -n 2 --durations=5 tests
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=5 tests
 
 # The C++ of all kernels under AddressSanitizer and UndefinedBehaviorSanitizer, those for GPUs as g++ runs them. In a
 # copy, since the extension then needs the sanitizers' libraries first.

@@ -212,6 +212,11 @@ def guided_loss(scores, *, n_assign=2, lambda1=0.02, lambda2=0.03, temperature=0
 # ---------------------------------------------------------------------------------------------------------------------
 # Which implementation, and the checks that both share
 # ---------------------------------------------------------------------------------------------------------------------
+def implementation(device):
+    """What `impl="auto"` is for tensors on a device: "compiled" or "reference"."""
+    return "compiled" if _compiled("auto", torch.device(device)) else "reference"
+
+
 def _compiled(impl, device):
     """Whether to call the compiled operator; says once where "auto" has to do without."""
     if impl not in ("auto", "reference", "compiled"):

@@ -216,7 +216,7 @@ def too_small(arch, frames, size):
 # ---------------------------------------------------------------------------------------------------------------------
 # Backbone + pooling, head, prototypes
 # ---------------------------------------------------------------------------------------------------------------------
-class Statistics:
+class BatchNormStatistics:
     """The running statistics of all batch norms of a layer, read and written in a few launches."""
 
     def __init__(self, layer):
@@ -245,7 +245,7 @@ class Statistics:
 @contextmanager
 def statistics_kept(layer):
     """Let the batch norms of a layer leave their running statistics as they are."""
-    statistics = Statistics(layer)
+    statistics = BatchNormStatistics(layer)
     before = statistics.read()
     try:
         yield

@@ -215,7 +215,8 @@ def train_in(process, s):
     check_same_on_all_ranks(config_fingerprint(s, settings, videos, prototypes))
     out = Path(s.out)
     start, log_state = continue_run(out, s, settings, core, optimizer, per_epoch, say)
-    operator = f"compiled for {device.type}" if goca._compiled("auto", device) else "PyTorch reference"
+    compiled = goca.implementation(device) == "compiled"
+    operator = f"compiled for {device.type}" if compiled else "PyTorch reference"
     say(plan(s, found, videos, core, batches, start, device, world, operator))
 
     ln_n, total = math.log(len(core.prototypes)), per_epoch * s.epochs
@@ -224,7 +225,7 @@ def train_in(process, s):
         header = {"command": sys.argv, "commit": commit(), "torch": torch.__version__, "step": start, "ln_n": ln_n,
                   "videos": len(videos), "settings": settings}
         run_on_all_ranks(lambda: log.start(header) if rank == 0 else None)
-    with Run(process, core.train(), optimizer, model.Statistics(core), clips, batches, log,
+    with Run(process, core.train(), optimizer, model.BatchNormStatistics(core), clips, batches, log,
              partial(save_run, out, keep=s.keep), file=out / "checkpoint.pt", settings=settings, start=start,
              advice=f"a learning rate too high (--lr {s.lr:.3g}), too small a lambda1 ({s.lambda1}), damaged weights",
              workers=s.workers, accumulate=s.accumulate, log_every=s.log_every, save_every=s.save_every,

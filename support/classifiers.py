@@ -250,8 +250,8 @@ def fit_clips(net, views, found, store, recipe, s, settings, frozen, what, devic
     labels = torch.tensor([v.label for v in found.videos])
     memory = f"--batch-size {s.batch_size}. What helps: a smaller --batch-size or --size, fewer --frames"
     with exit_on_error(), named_failures(memory, TIMEOUT), Run(
-            (device, rank, world), classifier.train(), optimizer, model.Statistics(learning), clips, batches, log,
-            partial(save, path), file=path, settings=settings, start=start, workers=s.workers,
+            (device, rank, world), classifier.train(), optimizer, model.BatchNormStatistics(learning), clips, batches,
+            log, partial(save, path), file=path, settings=settings, start=start, workers=s.workers,
             log_every=batches.steps_per_epoch, timeout=TIMEOUT,
             advice=f"a learning rate too high (--lr {recipe.lr:g}), damaged weights") as run:
         if fit_steps(run, labels, recipe, s, device):

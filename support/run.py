@@ -66,7 +66,7 @@ class Run:
     process     (device, rank, world) of `start_processes`
     core        the module whose weights are saved; `net` is what the loop calls: in several processes it also shares
                 the gradients
-    statistics  model.Statistics of core: batch norms forget a step that is dropped
+    statistics  model.BatchNormStatistics of core: batch norms forget a step that is dropped
     clips       a `loader.Clips`; batches: its epoch_batches.EpochBatches, from step 0
     log         training_log.Log or one with the same methods
     save        save(state), on the first process; state: settings, step, model, optimizer and log.entries()

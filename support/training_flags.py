@@ -1,6 +1,7 @@
 """The flags of pretrain.py, and which of them have no effect in a run."""
 
 import argparse
+from functools import partial
 
 import model
 from support.cli import Help, Parser, fraction, non_negative, non_negative_int, positive, positive_int
@@ -15,11 +16,20 @@ def parser(every):
                fromfile_prefix_chars="@")
     p.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
     p.add_argument("--help-all", action="help", help="show every flag and exit")
+    for title, flags in (("input and output", input_flags), ("method", method_flags),
+                         ("network and clips", network_flags), ("optimisation", optimisation_flags),
+                         ("run", run_flags)):
+        g = p.add_argument_group(title)
+        flags(g, partial(more_flag, g, every))
+    return p
 
-    def more(*flags, help=None, **how):
-        g.add_argument(*flags, help=help if every else argparse.SUPPRESS, **how)
 
-    g = p.add_argument_group("input and output")
+def more_flag(group, every, *flags, help=None, **how):
+    """A flag that --help lists only where it lists every."""
+    group.add_argument(*flags, help=help if every else argparse.SUPPRESS, **how)
+
+
+def input_flags(g, more):
     g.add_argument("--dataset", choices=DATASETS, default="folder")
     g.add_argument("--videos", help="folder of videos; not needed with --views flow")
     g.add_argument("--splits", help="folder of the data set's official lists")
@@ -31,7 +41,9 @@ def parser(every):
     g.add_argument("--out", required=True, help="folder of the run; an interrupted run there is continued")
     more("--init", metavar="RUN|FILE", help="begin with the weights of a run or an export")
     more("--extend", action="store_true", help="let the run in --out go on with more --epochs than it began with")
-    g = p.add_argument_group("method")
+
+
+def method_flags(g, more):
     g.add_argument("--method", choices=model.METHODS, help="default: goca, of one view sview; others: baselines of "
                                                            "Table 1")
     g.add_argument("--views", nargs="+", choices=model.VIEWS, default=list(model.VIEWS), metavar="VIEW",
@@ -46,7 +58,9 @@ def parser(every):
     more("--train-prototypes", action="store_true", help='learn them too, as SwAV (Table 3, "No")')
     more("--iters", type=positive_int, default=3, help="Sinkhorn rounds (released code)")
     more("--temperature", type=positive, default=0.1, help="of the predictions (released code)")
-    g = p.add_argument_group("network and clips")
+
+
+def network_flags(g, more):
     g.add_argument("--arch", choices=model.ARCHITECTURES, default="s3d")
     g.add_argument("--width", type=positive, default=1.0, help="channel multiplier; 1 is the published network")
     more("--hidden", type=positive_int, default=2048, help="hidden units of the projection head")
@@ -61,7 +75,9 @@ def parser(every):
          help="short side before cropping, over size (default: 136/128 190/128; r2plus1d18 128/112 160/112)")
     more("--still-jitter", type=non_negative, default=0.0, metavar="J",
          help="take a share of its still picture off each RGB clip, min(1, U(0, J)); ours, for small data")
-    g = p.add_argument_group("optimisation")
+
+
+def optimisation_flags(g, more):
     more("--optimizer", choices=("lars", "adamw"), default="lars", help="adamw: for small runs")
     g.add_argument("--batch-size", type=positive_int, default=10, help="videos a process (paper: 64 GPUs with 10 each)")
     more("--sync-batch-norm", nargs="?", const="auto", choices=("auto", "torch", "own", "none"), default="auto",
@@ -79,7 +95,9 @@ def parser(every):
     more("--momentum", type=fraction, default=0.9)
     more("--weight-decay", type=non_negative, default=1e-6)
     more("--trust", type=positive, default=0.001, help="LARS trust coefficient")
-    g = p.add_argument_group("run")
+
+
+def run_flags(g, more):
     g.add_argument("--seed", type=non_negative_int, default=0)
     g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     g.add_argument("--workers", type=non_negative_int, help="loader processes (default: cores, at most 8)")
@@ -95,7 +113,6 @@ def parser(every):
     more("--save-every", type=positive_int, default=1, help="epochs")
     more("--save-minutes", type=non_negative, default=30, help="save that often within an epoch, too; 0: don't")
     more("--keep", type=positive_int, default=2, help="checkpoints, the newest among them")
-    return p
 
 
 ONE_VIEW = {"goca": "guiding takes the other view's assignment as its prior (Eqs. 6, 7)",

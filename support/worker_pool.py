@@ -141,11 +141,38 @@ class _Worker:
 def _start_server(context):
     """The process from which the others are forked. Raises BadInput where it can't be started."""
     context.set_forkserver_preload(["torch", "cv2"])
+    handler = None
+    with suppress(ValueError):  # in another thread than the main one Ctrl-C needs no care
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the server inherits: it still imports
     try:
         forkserver.ensure_running()
     except OSError as e:  # "AF_UNIX path too long", a full disk
         raise BadInput(f"processes can't be started: no socket for them in {tempfile.gettempdir()} ({e}); set TMPDIR "
                        f"to a folder with a short name, such as /tmp") from e
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+
+
+class _Failures:
+    """Counts files, one after the other, that gave nothing by no fault of theirs. Raises BadInput at too many."""
+
+    def __init__(self):
+        self.count = 0
+
+    def add(self, not_its_fault, why):
+        self.count = self.count + 1 if not_its_fault else 0
+        if self.count == MAX_CONSECUTIVE_FAILURES:
+            raise BadInput(f"{self.count} videos in a row gave nothing, the last one: {why}. See whether their disk is "
+                           f"there and whether memory suffices (fewer --workers take less); the same command continues")
+
+
+def _end_all(workers):
+    for worker in workers:
+        worker.hang_up()
+    until = time.monotonic() + EXIT_TIMEOUT  # a busy one stops after the piece of work at hand
+    for worker in workers:
+        worker.end(max(0, until - time.monotonic()))
 
 
 def run_in_processes(function, jobs, settings, workers, time_limit):
@@ -159,28 +186,14 @@ def run_in_processes(function, jobs, settings, workers, time_limit):
     MAX_CONSECUTIVE_FAILURES files, one after the other, can't be read, stall, or have their process killed.
     """
     context = multiprocessing.get_context("forkserver")  # unlike fork, gives no process the pipes of its siblings
-    handler = None
-    with suppress(ValueError):  # in another thread than the main one Ctrl-C needs no care
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the server inherits: it still imports
-    try:
-        _start_server(context)
-    finally:
-        if handler is not None:
-            signal.signal(signal.SIGINT, handler)
-    events, left, idle, busy, failures = queue.SimpleQueue(), deque(jobs), [], set(), 0
-
-    def record_outcome(not_its_fault, why):
-        nonlocal failures
-        failures = failures + 1 if not_its_fault else 0
-        if failures == MAX_CONSECUTIVE_FAILURES:
-            raise BadInput(f"{failures} videos in a row gave nothing, the last one: {why}. See whether their disk is "
-                           f"there and whether memory suffices (fewer --workers take less); the same command continues")
+    _start_server(context)
+    events, left, idle, busy, failures = queue.SimpleQueue(), deque(jobs), [], set(), _Failures()
 
     def lose(worker, why, not_its_fault):
         busy.discard(worker)
         worker.hang_up()
         worker.end(0)
-        record_outcome(not_its_fault, why := f"{jobs[worker.name][0]} {why}")
+        failures.add(not_its_fault, why := f"{jobs[worker.name][0]} {why}")
         return worker.name, "failed", why
 
     try:
@@ -211,15 +224,11 @@ def run_in_processes(function, jobs, settings, workers, time_limit):
                 if kind != "progress":
                     busy.discard(worker)
                     idle.append(worker)
-                    record_outcome(kind == "unavailable", value)
+                    failures.add(kind == "unavailable", value)
                 yield worker.name, kind, value
             now = time.monotonic()
             for worker in [w for w in busy if (since := w.since) is not None and now - since > time_limit]:
                 yield lose(worker, f"gave nothing for {time_limit:g} s and was stopped; convert it, or see whether its "
                                    f"disk is well", True)
     finally:
-        for worker in (rest := [*idle, *busy]):
-            worker.hang_up()
-        until = time.monotonic() + EXIT_TIMEOUT  # a busy one stops after the piece of work at hand
-        for worker in rest:
-            worker.end(max(0, until - time.monotonic()))
+        _end_all([*idle, *busy])

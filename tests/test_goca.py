@@ -402,3 +402,15 @@ def test_without_the_extension(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
         torch.testing.assert_close(goca.assign(S), log_d)
+        assert goca.implementation("cpu") == "reference"
+
+
+@pytest.mark.skipif(goca._goca is None, reason="the extension is not built")
+def test_which_implementation_a_device_gets(monkeypatch):
+    monkeypatch.setattr(goca, "_warned", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert goca.implementation("cpu") == goca.implementation(torch.device("cpu")) == "compiled"
+    if not goca._goca.cuda:
+        with pytest.warns(UserWarning, match="without its CUDA kernels; the PyTorch reference is used"):
+            assert goca.implementation("cuda") == "reference"

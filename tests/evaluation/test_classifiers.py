@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.evaluation import UNTRAINED, checkpoint, command, in_two_processes, result
-from helpers.paths import ROOT
 from helpers.training import poisoned
 
 import data
@@ -59,49 +58,26 @@ def test_linear_on_clips_leaves_the_backbone_bit_equal(tiny, tmp_path, monkeypat
         command(tiny, "linear", *more, "--out", str(tmp_path / "b"))
 
 
-# Commands one after another in processes that are there already; fine-tuning without dropout, which every process draws
-# for itself. Rank 1 gets a signal in step INTERRUPT.
-SCRIPT = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch.distributed as dist
-import data
-import evaluate
-from support import classifiers
-join = dist.init_process_group  # once for all commands
-dist.init_process_group = lambda *how, **more: dist.is_initialized() or join(*how, **more)
-dist.destroy_process_group = lambda: None
-classifiers.FINETUNE["vicc"] = classifiers.FINETUNE["vicc"]._replace(dropout=0.0)
-augment, steps = data.augment, []
-def signalled(*args):
-    steps.append(1)
-    if os.environ["RANK"] == "1" and str(len(steps)) == os.environ.get("INTERRUPT"):
-        os.kill(os.getpid(), signal.SIGTERM)
-    return augment(*args)
-data.augment = signalled
-for argv in " ".join(sys.argv[1:]).split(" THEN "):
-    evaluate.evaluate(evaluate.arguments(argv.split()))
-"""
-
-
-def test_two_processes_train_as_one_does(tiny, tmp_path, monkeypatch):
+def test_two_processes_train_as_one_does(tiny, forked, tmp_path, monkeypatch):
     """Also where one of them was asked to stop on the way. Equal up to the order of sums, dropout left aside: a batch
     norm over 10 values of 1 x 1 x 1 turns rounding into 2e-4 of a gradient (1e-11 of it in float64), and the next step
     goes on from there; so the update of the backbone is compared, to a tenth.
     """
     monkeypatch.setitem(classifiers.FINETUNE, "vicc", classifiers.FINETUNE["vicc"]._replace(dropout=0.0))
-    (tmp_path / "script.py").write_text(SCRIPT)
     more = ["--checkpoint", checkpoint(tmp_path), "--epochs", "1", "--views", "flow", "--scale", "1", "1.2"]
     commands = {"finetune": [*more, "--lr", "1e-4"], "linear": [*more, "--on", "clips"]}
     one = {name: result(tiny, tmp_path, name, *argv, "--batch-size", "10", "--out", str(tmp_path / "one"))
            for name, argv in commands.items()}
-    two = {name: [name, *tiny.common(), *argv, "--workers", "0", "--batch-size", "5", "--out", str(tmp_path / "two"),
-                  "--json", str(tmp_path / f"{name}.json")] for name, argv in commands.items()}
-    monkeypatch.setenv("INTERRUPT", "1")
-    out = in_two_processes(*two["finetune"], script=tmp_path / "script.py", status=1)
-    assert "saved step 1 of 2; the same command continues" in out.stdout
-    monkeypatch.delenv("INTERRUPT")
-    in_two_processes(*two["finetune"], "THEN", *two["linear"], script=tmp_path / "script.py")
+
+    def two(name, **how):
+        return in_two_processes(forked, tmp_path / "said", "evaluate", name, *tiny.common(), *commands[name],
+                                "--workers", "0", "--batch-size", "5", "--out", tmp_path / "two", "--json",
+                                tmp_path / f"{name}.json", **how)
+
+    stopped = two("finetune", interrupt=1, status=(128 + signal.SIGTERM,) * 2)
+    assert "saved step 1 of 2; the same command continues" in stopped
+    two("finetune")
+    two("linear")
     start = load_checkpoint(tmp_path)["model"]
     for name in commands:
         a, b = (load_checkpoint(tmp_path / n / f"{name}-split1-flow.pt") for n in ("one", "two"))

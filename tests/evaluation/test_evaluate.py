@@ -84,11 +84,11 @@ def test_an_interrupted_extraction_goes_on(tiny, tmp_path, monkeypatch):
     assert resumed["results"] == whole["results"] and resumed["neighbours"] == whole["neighbours"]
 
 
-def test_two_processes_extract_what_one_does(tiny, tmp_path):
+def test_two_processes_extract_what_one_does(tiny, forked, tmp_path):
     assert features.BLOCK < 20  # so that both have something to do
     one = result(tiny, tmp_path, "retrieval", *UNTRAINED)
-    in_two_processes("retrieval", *tiny.common(), *UNTRAINED, "--workers", "0", "--features", str(tmp_path / "f"),
-                     "--json", str(tmp_path / "two.json"))
+    in_two_processes(forked, tmp_path / "said", "evaluate", "retrieval", *tiny.common(), *UNTRAINED, "--workers", "0",
+                     "--features", tmp_path / "f", "--json", tmp_path / "two.json")
     two = json.loads((tmp_path / "two.json").read_text())
     assert one["results"] == two["results"] and one["neighbours"] == two["neighbours"]
     assert [v for v in (tmp_path / "f").iterdir() if v.name.startswith(".")] == []
@@ -347,7 +347,8 @@ def test_no_file_of_features_of_nothing(tiny, tmp_path, monkeypatch, capsys):
 # --- bad input of several processes ----------------------------------------------------------------------------------
 @pytest.mark.parametrize(("flags", "words"), [(["--flow", "nowhere"], "nowhere is no flow store"),
                                               (["--stride", "0"], "--stride 0: must be above 0")])
-def test_bad_input_is_printed_by_one_process(tiny, flags, words):
+def test_bad_input_is_printed_by_one_process(tiny, forked, tmp_path, flags, words):
     """Found by each for itself, before the processes meet and after."""
-    out = in_two_processes("retrieval", *tiny.common(), *UNTRAINED, *flags, status=1)
-    assert out.stderr.count(words) == 1  # torchrun adds a traceback of its own
+    said = in_two_processes(forked, tmp_path / "said", "evaluate", "retrieval", *tiny.common(), *UNTRAINED, *flags,
+                            status=(2, 2))
+    assert said.count(words) == 1 and said.startswith("error: ") and "Traceback" not in said

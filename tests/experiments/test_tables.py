@@ -78,7 +78,10 @@ SMALL = ("--width 0.125 --hidden 16 --frames 8 --short-frames 8 --short-crops 0 
          "--batch-size 10 --workers 0")
 
 
-def test_the_driver_runs_what_is_missing_and_no_more(tiny, tmp_path, capsys):
+def test_the_driver_runs_what_is_missing_and_no_more(tiny, tmp_path, capsys, monkeypatch):
+    for n in (5, 8):  # one run is enough
+        rows = [row for row in paper.TABLES[n].rows if row.run in ("", "goca")]
+        monkeypatch.setitem(paper.TABLES, n, paper.TABLES[n]._replace(rows=rows))
     sets = {"films": {"dataset": "ucf101", "videos": str(tiny.videos), "splits": str(tiny.splits), "flow":
                       str(tiny.flow)}}
     (tmp_path / "sets.json").write_text(json.dumps(sets))
@@ -94,7 +97,7 @@ def test_the_driver_runs_what_is_missing_and_no_more(tiny, tmp_path, capsys):
             "--workers 0 --views rgb"]
     assert tables.main(args) == 0
     notes = tables.read_commands(results)
-    assert [n["command"][0] for n in notes[:3]] == ["prototypes.py", "pretrain.py", "evaluate.py"]
+    assert [n["command"][0] for n in notes] == ["prototypes.py", "pretrain.py", "evaluate.py"]
     made = json.loads((results / "goca" / "seed0" / "retrieval-films.json").read_text())
     assert made["protocol"]["method"] == "goca" and made["protocol"]["pretraining"]["seed"] == 0
     line = next(x for x in tables.cells(paper.TABLES[5], results, ["films"]) if x[0] == "GOCA")

@@ -312,26 +312,24 @@ def test_a_video_named_as_a_folder_of_videos(tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # Reporting
 # ---------------------------------------------------------------------------------------------------------------------
-def test_nobody_reads_the_output(tmp_path):
+def test_nobody_reads_the_output(forked, tmp_path):
     """`| head -1`: all is done and listed the same; what only prints ends."""
     make_set(tmp_path / "v", 1)
     (tmp_path / "v" / "text.mp4").write_text("no film")
     (tmp_path / "v" / "link.mp4").symlink_to("nowhere")
-    run = subprocess.Popen([sys.executable, str(ROOT / "flow.py"), "--videos", str(tmp_path / "v"), "--out",
-                            str(tmp_path / "s"), "--short-side", "0", "--workers", "1", *TRIAL], text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert run.stdout.readline() == f"3 videos below {tmp_path / 'v'}, 3 of them in shard 1/1; looking at the store\n"
-    run.stdout.close()
-    assert run.stderr.read() == "" and run.wait() == 0
+    videos, store = ["--videos", str(tmp_path / "v")], str(tmp_path / "s")
+
+    def unread(stage, *argv, line="", status=0):
+        forked("unread", stage=stage, argv=[*argv, *videos], line=line, status=status, said=tmp_path / "said")
+        return (tmp_path / "said").read_text()
+
+    first = f"3 videos below {tmp_path / 'v'}, 3 of them in shard 1/1; looking at the store\n"
+    assert unread("flow", "--out", store, "--short-side", "0", "--workers", "1", *TRIAL, line=first) == ""
     listed = json.loads((tmp_path / "s" / "skipped.json").read_text())["skipped"]
     assert listed.keys() == {"text", "link"} and listed["link"].endswith("link.mp4 doesn't exist")
-    assert "a/v0" in FlowStore(tmp_path / "s")
-    for arguments, status in ((f"{ROOT}/flow.py info ../s --videos ../v", 0),
-                              ("-m support.video_index --videos ../v --index ../i", 141)):
-        done = subprocess.run(f"{sys.executable} {arguments} | true; exit ${{PIPESTATUS[0]}}", shell=True,
-                              executable="/bin/bash", cwd=tmp_path / "v", stderr=subprocess.PIPE, text=True,
-                              env={**os.environ, "PYTHONPATH": str(ROOT)})
-        assert done.returncode == status and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+    assert "a/v0" in FlowStore(store)
+    said = unread("flow", "info", store) + unread("video_index", "--index", str(tmp_path / "i"), status=141)
+    assert "Traceback" not in said and "BrokenPipe" not in said
 
 
 def test_lists_of_another_division_lose_what_is_in_this_one(tmp_path):

@@ -1,4 +1,4 @@
-"""Runs of pretrain.py that are killed, starved, hung and shared, each in a fork of one process that imported all.
+"""Runs of the stages that are killed, starved, hung and shared, each in a fork of one process that imported all.
 
 Started once a session (the fixture `forked`); a line of JSON in names a function below and its arguments, a line out is
 its status. An assertion that fails prints its traceback. One thread: OpenMP's do not survive a fork.
@@ -28,9 +28,12 @@ from helpers.gpu_kernels import GpuKernels  # noqa: E402
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: E402
 
 import data  # noqa: E402
+import evaluate  # noqa: E402
+import flow  # noqa: E402
 import model  # noqa: E402
 import pretrain  # noqa: E402
-from support import batch_norm  # noqa: E402
+import search  # noqa: E402
+from support import batch_norm, classifiers, video_index  # noqa: E402
 from support.batch_norm import synchronise_batch_norm  # noqa: E402
 from support.checkpoints import load_checkpoint  # noqa: E402
 from support.cli import command_line  # noqa: E402
@@ -279,6 +282,44 @@ def gradients_of(method, videos, more):
 def gradients(method, world, videos, more, said):
     for rank, pid in enumerate(start_ranks(world, gradients_of, method, videos, more, said=said)):
         assert end(pid) == 0, Path(f"{said}{rank}").read_text()
+
+
+# --- the commands of the stages --------------------------------------------------------------------------------------
+def command(stage, argv, interrupt):
+    """What `python STAGE.py ARGV` does; rank 1 gets SIGTERM at its interrupt-th batch of clips, where that is not 0.
+    Fine-tuning goes without dropout, which every process draws for itself."""
+    classifiers.FINETUNE["vicc"] = classifiers.FINETUNE["vicc"]._replace(dropout=0.0)
+    count = iter(range(1, 1000))
+    if interrupt and os.environ["RANK"] == "1":
+        before_each("clips", data, "augment", lambda when: when == "before clips" and next(count) == interrupt
+                    and os.kill(os.getpid(), signal.SIGTERM))
+    sys.argv = [f"{stage}.py", *argv]
+    command_line({"pretrain": pretrain, "evaluate": evaluate, "search": search}[stage].main)
+
+
+def command_in_two(stage, argv, interrupt, said, status):
+    """A command in two processes, which print to said0 and said1 -> each leaves with its `status`."""
+    statuses = [end(pid) for pid in start_ranks(2, command, stage, argv, interrupt, said=said)]
+    assert statuses == status, (statuses, [Path(f"{said}{r}").read_text() for r in (0, 1)])
+
+
+def unread(stage, argv, line, status, said):
+    """A command whose output is read to the end of its first line, or, where `line` is empty, not at all -> it prints
+    that line, and leaves with `status`. What it complains of goes to the file `said`."""
+    def run():
+        os.dup2(write, 1), os.close(write)
+        command_line(lambda: {"flow": flow, "video_index": video_index}[stage].main(argv))
+
+    read, write = os.pipe()
+    with os.fdopen(read) as output:
+        if not line:
+            output.close()
+        pid = fork(run, said=said)
+        os.close(write)
+        if line:
+            got = output.readline()
+            assert got == line, (got, Path(said).read_text())
+    assert end(pid) == status, Path(said).read_text()
 
 
 # --- batch norm on GPUs ----------------------------------------------------------------------------------------------

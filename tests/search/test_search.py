@@ -149,13 +149,13 @@ def test_interrupted_it_goes_on(films, rgb_index, tmp_path, monkeypatch, extract
     np.testing.assert_allclose(one.values["rgb"], other.values["rgb"], atol=1e-5)
 
 
-def test_two_processes_share_the_work(films, rgb_index, tmp_path):
+def test_two_processes_share_the_work(films, rgb_index, forked, tmp_path):
     videos = tmp_path / "films"
     for k in range(BLOCK // 5 + 1):
         shutil.copytree(films / "films", videos / str(k))
-    out = in_two_processes("index", "--checkpoint", str(films / "run"), "--videos", str(videos), "--out",
-                           str(tmp_path / "i.npz"), "--workers", "0", script=ROOT / "search.py")
-    assert out.stdout.count("2 process(es)") == 1 and os.listdir(tmp_path).count("i.npz") == 1
+    said = in_two_processes(forked, tmp_path / "said", "search", "index", "--checkpoint", films / "run", "--videos",
+                            videos, "--out", tmp_path / "i.npz", "--workers", "0")
+    assert said.count("2 process(es)") == 1 and os.listdir(tmp_path).count("i.npz") == 1
     one, many = load_collection(rgb_index), load_collection(tmp_path / "i.npz")
     assert len(many.files) == 5 * (BLOCK // 5 + 1) > BLOCK
     row = dict(zip(one.files.tolist(), one.values["rgb"], strict=True))

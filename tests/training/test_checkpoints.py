@@ -2,16 +2,15 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.paths import ROOT
 from helpers.small_runs import command
 from helpers.training import log, run, weights
 
@@ -145,20 +144,35 @@ def test_a_whole_one_that_was_damaged_before_its_renaming_is_set_aside(two):
 
 
 # --- two runs --------------------------------------------------------------------------------------------------------
-HOLD = ("import sys, pathlib; from support.checkpoints import lock; f = lock(pathlib.Path(sys.argv[1]));"
-        "print(flush=True); input()")
+class AnotherRun:
+    """Another process that has the lock of a run's folder until `end`."""
+
+    def __init__(self, folder):
+        fork = multiprocessing.get_context("fork")
+        self.locked, self.ended = fork.Event(), fork.Event()
+        self.process = fork.Process(target=self.hold, args=(folder,), daemon=True)
+        self.process.start()
+        self.locked.wait(60)
+
+    def hold(self, folder):
+        held = lock(folder)
+        self.locked.set()
+        self.ended.wait(60)
+        held.close()
+
+    def end(self):
+        self.ended.set()
+        self.process.join()
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tiny, two):
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(two)], cwd=ROOT, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
-        (two / ".tmp-other.pt").write_bytes(b"")  # it is writing
-        with pytest.raises(BadInput, match=rf"another run is training in .*\(process {other.pid} on .*\): wait"):
-            run(tiny, two, "--epochs", "2")
-        assert run(tiny, two, "--plan") == 0
-        assert (two / ".tmp-other.pt").exists()
-        other.communicate(b"\n")
+    other = AnotherRun(two)
+    (two / ".tmp-other.pt").write_bytes(b"")  # it is writing
+    with pytest.raises(BadInput, match=rf"another run is training in .*\(process {other.process.pid} on .*\): wait"):
+        run(tiny, two, "--epochs", "2")
+    assert run(tiny, two, "--plan") == 0
+    assert (two / ".tmp-other.pt").exists()
+    other.end()
     assert run(tiny, two) == 0 and not (two / ".tmp-other.pt").exists()
 
 
@@ -170,9 +184,10 @@ def test_a_run_that_was_killed_leaves_no_lock_with_its_loader_processes(two):
         time.sleep(20)
         os._exit(0)
     held.close()
-    done = subprocess.run([sys.executable, "-c", HOLD, str(two)], cwd=ROOT, input=b"\n", capture_output=True)
+    other = AnotherRun(two)
+    other.end()
     os.kill(child, 9), os.waitpid(child, 0)
-    assert done.returncode == 0, done.stderr
+    assert other.locked.is_set() and other.process.exitcode == 0
 
 
 def test_one_that_is_started_again_waits_for_its_last_processes(tiny, two, monkeypatch):
@@ -180,13 +195,11 @@ def test_one_that_is_started_again_waits_for_its_last_processes(tiny, two, monke
     assert checkpoints.lock_timeout(s) == 0
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert checkpoints.lock_timeout(s) == 120
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(two)], cwd=ROOT, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
-        with pytest.raises(Unreadable, match="another run is training"):  # Slurm then starts it once more
-            lock(two, 0.1)
-        monkeypatch.setattr(checkpoints.time, "sleep", lambda seconds: other.communicate(b"\n"))
-        lock(two, 100).close()
+    other = AnotherRun(two)
+    with pytest.raises(Unreadable, match="another run is training"):  # Slurm then starts it once more
+        lock(two, 0.1)
+    monkeypatch.setattr(checkpoints.time, "sleep", lambda seconds: other.end())
+    lock(two, 100).close()
 
 
 def test_without_locks_a_sentence_is_all(tiny, two, monkeypatch, capsys):

@@ -56,7 +56,7 @@ def test_fused_optimizers_go_on_from_the_state_of_torch_s_own(fused, plain):
 
 def test_running_statistics_go_back_to_those_of_the_last_good_step():
     norm = torch.nn.BatchNorm3d(3)
-    statistics = model.Statistics(norm)
+    statistics = model.BatchNormStatistics(norm)
     norm(torch.randn(4, 3, 2, 2, 2))
     good = statistics.undo_unless(statistics.read(), torch.tensor(True))
     held = [b.clone() for b in norm.buffers()]

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from helpers.evaluation import in_two_processes
 from helpers.paths import ROOT
 from helpers.training import SMALL, log, poisoned, run, settings, weights
 
@@ -86,12 +87,10 @@ def test_stopping_and_continuing_is_bit_identical(tiny, whole, tmp_path, monkeyp
     assert losses(tmp_path / "run") == losses(whole)
 
 
-def test_torchrun_trains_the_same_global_batches(tiny, whole, tmp_path):
+def test_two_processes_train_on_the_same_global_batches(tiny, whole, forked, tmp_path):
     """2 processes of 5 videos: the first step's loss and assignments are those of one process of 10."""
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-                    str(29300 + os.getpid() % 300), str(ROOT / "pretrain.py"), *tiny.common(), "--prototypes",
-                    str(tiny.prototypes), "--out", str(tmp_path / "run"), *SMALL, "--batch-size", "5", "--epochs", "1"],
-                   check=True, capture_output=True)
+    in_two_processes(forked, tmp_path / "said", "pretrain", *tiny.common(), "--prototypes", tiny.prototypes, "--out",
+                     tmp_path / "run", *SMALL, "--batch-size", "5", "--epochs", "1")
     one, two = log(whole)[1], log(tmp_path / "run")[1]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
     assert two["entropy"] == pytest.approx(one["entropy"], rel=1e-2)
@@ -106,17 +105,25 @@ def test_trained_prototypes_move_and_stay_on_the_sphere(tiny, whole, tmp_path):
     torch.testing.assert_close(after.norm(dim=1), torch.ones(24))
 
 
-def test_compiled_backbones_train_alike(tiny, whole, tmp_path, monkeypatch):
-    """Traced whole by torch.compile; its own code generator would take minutes."""
-    compiled, real = [], torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: (compiled.append(m), real(m, backend="eager",
-                                                                                        fullgraph=True)))
-    longer = []
+def test_both_backbones_are_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: compiled.append(m))
+    s = settings(compile=True, width=0.125, hidden=16)
+    net = pretrain.network(s, torch.eye(16), torch.device("cpu"), 1)
+    assert compiled == list(net.backbones.values()) and len(compiled) == 2
+
+
+def test_a_compiled_backbone_trains_alike(tiny, tmp_path, monkeypatch):
+    """Traced whole by torch.compile; its own code generator would take minutes. One view, and as many short clips as
+    long ones, so that one trace is enough: it takes many times as long as a step."""
+    real, longer = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: real(m, backend="eager", fullgraph=True))
     monkeypatch.setattr(Watchdog, "compiling", lambda self: longer.append(self))
-    assert run(tiny, tmp_path / "run", "--compile") == 0
+    more = ["--views", "rgb", "--short-crops", "2", "--epochs", "1"]
+    assert run(tiny, tmp_path / "plain", *more) == 0 and not longer
+    assert run(tiny, tmp_path / "run", *more, "--compile") == 0
     assert len(longer) == 1  # all steps are alike
-    assert [type(m) for m in compiled] == [model.Backbone] * 2
-    for one, other in zip(log(whole)[1:], log(tmp_path / "run")[1:], strict=True):
+    for one, other in zip(log(tmp_path / "plain")[1:], log(tmp_path / "run")[1:], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
@@ -181,14 +188,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tiny, whole, t
 def test_plan_says_what_would_be_done_and_writes_nothing(tiny, tmp_path, capsys):
     assert run(tiny, tmp_path / "run", "--plan", "--epochs", "7") == 0
     said = capsys.readouterr().out
+    operator = {"compiled": "compiled for cpu", "reference": "PyTorch reference"}[goca.implementation("cpu")]
     assert "2 steps an epoch, 14 in all" in said and "process-hours; nothing was written" in said
-    compiled = goca._compiled("auto", torch.device("cpu"))
     for words in ("goca on ucf101 in", "20 videos (0 listed but absent, 0 that do not decode, 0 without flow)",
                   "both views of 2 crops of 8 and 1 of 8 frames, 32 px; 0 loader processes",
                   "M parameters, float32 on 1 x cpu, ",
                   "24 prototypes, ln N = 3.178; batch 10 x 1", "(7 epochs, 0 videos left out of each)",
                   "learning rate (lars): 4.8 at a batch of 640, scaled by sqrt(10/640); 0.0375 -> 0.6 in 1 epochs",
-                  "assignment and loss: " + ("compiled for cpu" if compiled else "PyTorch reference")):
+                  f"assignment and loss: {operator}"):
         assert words in said
     assert not (tmp_path / "run").exists()
 

@@ -221,7 +221,7 @@ def test_nothing_in_a_step_asks_for_a_value(method, monkeypatch):
         loss.backward()
         finite = step_if_finite(optimizer)
         net.renormalise(finite)
-        statistics = model.Statistics(net)
+        statistics = model.BatchNormStatistics(net)
         statistics.undo_unless(statistics.read(), finite)
         with pytest.raises(DataDependentOutputException):
             float(finite)

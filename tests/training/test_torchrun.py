@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.evaluation import in_two_processes
 from helpers.paths import ROOT
 from helpers.small_runs import command
 
@@ -53,9 +54,7 @@ def test_a_signal_to_torchrun_lets_its_processes_save_and_end(tiny, tmp_path, si
     assert load_checkpoint(tmp_path / "run")["step"] % 2 == 0  # whole steps alone are saved
 
 
-def test_bad_input_is_said_by_one_process(tiny, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-                           str(29500 + os.getpid() % 200), str(ROOT / "pretrain.py"), *command(tiny, "--lambda1", "0"),
-                           "--out", str(tmp_path / "run")], capture_output=True, text=True)
-    assert done.returncode == 1  # torchrun's own
-    assert done.stderr.count("error: --lambda1: 0 must be a number above 0") == 1
+def test_bad_input_is_said_by_one_process(tiny, forked, tmp_path):
+    said = in_two_processes(forked, tmp_path / "said", "pretrain", *command(tiny, "--lambda1", "0"), "--out",
+                            tmp_path / "run", status=(2, 2))
+    assert said.count("error: --lambda1: 0 must be a number above 0") == 1
