@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.evaluation import command as evaluation
+from helpers.pages import embedded
 from helpers.training import train
 
 from experiments.report import page as report_page
@@ -42,11 +43,6 @@ def run(tiny, tmp_path_factory):
     assert main([str(root / "run"), "--json", *files, "--out", str(root / "page")]) == 0
     return SimpleNamespace(root=root, folder=root / "run", files=files, before=before, after=after,
                            page=root / "page" / "index.html")
-
-
-def embedded(page):
-    """What a page holds as JSON."""
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())[1])
 
 
 def log_of(run, folder, lines=None, **settings):
@@ -215,6 +211,14 @@ def test_the_log_alone_is_enough(run, tmp_path, lines, age, reload, words):
     notes = re.search(r'<ul id="notes">(.*?)</ul>', (out / "index.html").read_text())[1]
     assert words in notes
     assert ("No step is logged yet" in (out / "index.html").read_text()) == (lines == 0)
+
+
+@pytest.mark.parametrize(("method", "marked"), [("goca", True), ("sep", False)])
+def test_a_lead_is_named_and_its_end_marked(run, tmp_path, method, marked):
+    folder = log_of(run, tmp_path / "run", method=method, lead="flow", lead_epochs=3)
+    assert main([str(folder), "--out", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert ("flow leads for 3 epochs" in page) == ("lead ends" in page) == marked and "warm-up ends" in page
 
 
 def test_a_log_by_itself_whose_data_are_gone(run, tmp_path, capsys):
