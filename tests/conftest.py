@@ -1,4 +1,4 @@
-"""What several test files share: a tiny generated data set with its flow and prototypes, and the real clips."""
+"""What several test files share: a tiny generated data set with its flow and prototypes, the real clips, a browser."""
 
 import json
 import os
@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "2"  # here and in the processes that tests star
 
 import numpy as np
 import pytest
+from helpers.browser import Browser
 from helpers.paths import ROOT
 
 import flow
@@ -74,3 +75,10 @@ def forked(tmp_path_factory):
     yield server
     server.process.stdin.close()
     server.process.wait()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()

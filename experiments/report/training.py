@@ -16,6 +16,7 @@ PANELS = (("loss", "Loss", True), ("entropy", "Entropy of an assignment, nats", 
           ("prototypes_in_use", "Prototypes in use", False),
           ("effective_rank", "Effective rank of the features", False))
 MARKS = {"warmup_epochs": "warm-up ends", "lead_epochs": "lead ends", "guide_start": "guiding begins"}
+GUIDING = ("lead_epochs", "guide_start")  # of MARKS: without effect on other methods than goca
 
 
 def state(log, now):
@@ -37,7 +38,7 @@ def facts(log):
     world = max(1, s.get("global_batch", 0) // s["batch_size"])
     launch = ["python"] if world == 1 else ["torchrun", "--nproc-per-node", str(world)]
     method = f"{s['method']}: {METHODS.get(s['method'], '')}"
-    if s.get("lead_epochs"):
+    if s["method"] == "goca" and s.get("lead_epochs"):
         method += f"; {s['lead']} leads for {s['lead_epochs']} epochs"
     rows = {
         "Method": method,
@@ -70,8 +71,9 @@ def by_view(steps, key):
 def charts(log):
     """The curves of a log, ln N, the end of the warm-up and of a lead marked."""
     s, ln_n, steps = log.settings, log.starts[0]["ln_n"], log.steps
+    marked = [key for key in MARKS if s["method"] == "goca" or key not in GUIDING]
     how = {"x_range": (0, s["epochs"]),
-           "marks": [Mark(s[key], words) for key, words in MARKS.items() if 0 < s.get(key, 0) < s["epochs"]]}
+           "marks": [Mark(s[key], MARKS[key]) for key in marked if 0 < s.get(key, 0) < s["epochs"]]}
     drawn = [curves(title, by_view(steps, key), levels=[Mark(ln_n, "ln N")] if has_ln_n else (),
                     low=0 if key == "prototypes_in_use" else None, **how) for key, title, has_ln_n in PANELS]
     agree = [Curve("views", "one", curve(steps, "views_agree")), Curve("crops", "two", curve(steps, "crops_agree"))]

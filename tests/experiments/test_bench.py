@@ -1,6 +1,7 @@
 """experiments/bench: what it compares is the same, and what it prints it writes."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from experiments.bench import __main__ as bench
 from experiments.bench import flow as bench_flow
 from experiments.bench import loader as bench_loader
 from experiments.bench import prototypes as bench_prototypes
+from experiments.bench import search as bench_search
 from experiments.bench import step as bench_step
 from experiments.bench.measure import row
 from support.errors import BadInput
@@ -59,6 +61,18 @@ def test_the_loader_is_compared_on_the_same_films(tiny, monkeypatch, capsys):
 def test_prototypes_are_measured():
     m = bench_prototypes.measure(8, 16, torch.device("cpu"))
     assert m["construction"] == "simplex" and m["mean"] == m["max"] == pytest.approx(-1 / 7, abs=1e-4)
+
+
+def test_the_parts_of_a_query_are_timed(tiny, monkeypatch, capsys):
+    """Of a film of one's own; each part is there, and the whole is their sum."""
+    parts = bench_search.query_parts
+    monkeypatch.setattr(bench_search, "query_parts", lambda film: parts(film, 50, 1, width=0.125, frames=8, size=32))
+    monkeypatch.setattr("sys.argv", ["bench", "--query", str(next(tiny.videos.rglob("*.avi")))])
+    bench_search.main()
+    seconds = re.search(r"decoding ([\d.]+) s, network ([\d.]+) s, search ([\d.]+) s, in all ([\d.]+) s",
+                        capsys.readouterr().out).groups()
+    *each, whole = map(float, seconds)
+    assert min(each[:2]) > 0 and whole == pytest.approx(sum(each), abs=0.007)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,5 +1,6 @@
 """What the tests of pages share: exact neighbours to compare with, and what a browser shows of a page."""
 
+import json
 import re
 import time
 
@@ -25,6 +26,11 @@ def bound(x):
     """How far the page's similarities may be off: the bound in support/page.py, and float32."""
     c = np.abs(x - x.mean(0, dtype=np.float64))
     return c.max() / LEVELS * c.sum(1).max() + 3e-7
+
+
+def embedded(page):
+    """What an index.html holds as JSON."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())[1])
 
 
 def shown(browser, selector="#grid .card"):

@@ -1,22 +1,14 @@
-"""A browser for the tests of pages, and a page of generated films."""
+"""A page of generated films for the tests of pages."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers.browser import Browser
 from helpers.pages import FILMS, unit
 
 from experiments import walkers
 from support.page import Group, Item, write_page
 from support.previews import make_previews
-
-
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory):
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
 
 
 @pytest.fixture(scope="session")

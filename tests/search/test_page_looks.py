@@ -121,7 +121,8 @@ def test_colours_are_legible(browser, collection, dark):
 
     grounds = [luminance(name) for name in ("--paper", "--card")]
     assert all((g < 0.05) == dark for g in grounds)
-    pairs = [(luminance(name), g) for name in ("--text", "--quiet", "--accent", "--right", "--wrong") for g in grounds]
+    pairs = [(luminance(name), g) for name in ("--text", "--quiet", "--accent", "--right", "--wrong", "--rgb", "--flow")
+             for g in grounds]
     pairs.append((luminance("--accent"), luminance("--on-accent")))
     assert min((max(p) + 0.05) / (min(p) + 0.05) for p in pairs) >= 4.5  # WCAG 2.2, AA
 
