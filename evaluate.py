@@ -323,6 +323,7 @@ def environment(s, device, rank, world):
 def evaluate(s):
     """Run a command on its splits, print and write its results -> exit status."""
     if s.command == "export":
+        check_writable(s.out, "--out")
         export(s.checkpoint, s.out)
         print(f"written: {s.out}")
         return 0

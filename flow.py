@@ -53,6 +53,7 @@ import numpy as np
 
 from support.cli import Help, command_line, say
 from support.errors import BadInput
+from support.files import check_folder
 from support.flow_gpu import BATCH_PAIRS, extract_batched
 from support.flow_import import import_arguments, import_flow
 from support.flow_info import info
@@ -343,6 +344,9 @@ def run(args):
             plan(jobs, settings, args.workers, *how)
         return 0
 
+    for store, option in zip(stores, ("--out", "--rgb"), strict=True):
+        if jobs and store:  # a finished store may lie where nothing can be written
+            check_folder(store.root, option)
     for name, job in jobs.items() if settings.cuts else ():
         for store in filter(None, stores):
             remove_outdated(store, name, job.path)

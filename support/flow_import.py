@@ -20,6 +20,7 @@ import numpy as np
 from support.avi import AviWriter
 from support.cli import Help, say
 from support.errors import BadInput
+from support.files import check_folder
 from support.flow_progress import Progress
 from support.frame_folders import read_image
 from support.stores import BOUND, FlowStore, open_store, quantise, write_list
@@ -189,6 +190,8 @@ def import_flow(args):
     jobs = {name: Job(*folders, os.path.join(args.out, f"{name}.avi"), videos.get(name))
             for name, folders in found.items() if name not in without}
     jobs = {name: job for name, job in jobs.items() if not is_imported(store, name, job)}
+    if jobs:
+        check_folder(store.root, "--out")
     say(f"{len(found)} videos with flow below {args.source}, {len(jobs)} to do")
     skipped, progress = {}, Progress(len(jobs), args.workers)
     for name, kind, value in run_in_processes(import_video, jobs, Settings(args.layout, args.bound, args.quality),

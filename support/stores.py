@@ -18,7 +18,7 @@ import torch
 
 from support.avi import AviReader
 from support.errors import BadInput
-from support.files import atomic
+from support.files import atomic, check_folder
 
 BOUND = 20.0  # px; flow is clipped to [-BOUND, BOUND] (paper: "pre-processed as in [12,37,80]")
 
@@ -155,6 +155,7 @@ def open_store(kind, root, settings, option="--out"):
     except OSError as e:
         raise BadInput(f"{option} {root} can't be used as a folder ({e.strerror}); choose another") from e
     if not inside:  # of shards that start together one writes the header, and the others are held to it
+        check_folder(root, option)
         with suppress(FileExistsError), atomic(root / "header.json", exclusive=True) as tmp:
             tmp.write_text(json.dumps(header, indent=1) + "\n")
     elif not os.path.lexists(root / "header.json"):
