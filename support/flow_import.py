@@ -14,7 +14,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
 from support.avi import AviWriter
@@ -70,9 +69,14 @@ def find_flow(root, layout):
 
 
 def _folders_of_images(root, prefixes):
-    """{path below `root`: folder} of those that hold an image whose name begins with one of `prefixes`."""
-    return {os.path.relpath(folder, root): folder for folder, _, files in os.walk(root, followlinks=True)
-            if any(IMAGE.fullmatch(f) and f.lower().startswith(prefixes) for f in files)}
+    """{path below `root`: folder} of those that hold an image whose name begins with one of `prefixes`. Raises BadInput
+    where that is `root` itself, which would have no name."""
+    found = {os.path.relpath(folder, root): folder for folder, _, files in os.walk(root, followlinks=True)
+             if any(IMAGE.fullmatch(f) and f.lower().startswith(prefixes) for f in files)}
+    if "." in found:
+        raise BadInput(f"{root} holds the flow of one video itself; put it into a folder of the video's name, and give "
+                       f"the folder above with --from")
+    return found
 
 
 def numbered(folder, prefix=None):
@@ -117,6 +121,15 @@ def dequantised(image, bound):
     return image.astype(np.float32) * (2 * bound / 255) - bound
 
 
+def read_component(path):
+    """A component of flow as it was written -> uint8 [h, w]. Raises BadInput where the image is in colour: a picture of
+    the flow's direction, or u and v in one image."""
+    image = read_image(path)
+    if (image[..., :1] != image[..., 1:]).any():
+        raise BadInput(f"{path} is in colour; u and v are read from grey images of 8 bits, one each: extract them so")
+    return image[..., 0]
+
+
 def source_of(job, pairs, report):
     """What the file's header says of the source. Raises BadInput if the video has another number of frames."""
     if job.video is None:
@@ -145,7 +158,7 @@ def import_video(job, settings, report):
     header = {**source_of(job, len(u), report), "images_bytes": images_bytes(job), "device": "imported"}
     writer, size = AviWriter(settings.quality), None
     for paths in zip(u, v, strict=True):
-        planes = [cv2.cvtColor(read_image(path), cv2.COLOR_BGR2GRAY) for path in paths]
+        planes = [read_component(path) for path in paths]
         size = size or planes[0].shape
         for plane, path in zip(planes, paths, strict=True):
             if plane.shape != size:
