@@ -240,6 +240,9 @@ def test_a_finished_store_can_be_looked_at_where_nothing_can_be_written(tmp_path
     (store / "skipped.json").unlink()
     done = on_a_read_only_disk(tmp_path / "disk", *arguments)
     assert done.returncode == 0 and done.stderr == "" and "0 to do" in done.stdout, done.stderr
+    film(tmp_path / "v" / "more.avi", moving(3, 24, 24, 1, 0))  # and work that is new does not begin
+    done = on_a_read_only_disk(tmp_path / "disk", *arguments)
+    assert done.returncode == 2 and f"--out {store} can't be written (Read-only file system)" in done.stderr
 
 
 def test_an_output_whose_name_no_file_can_have(five, tmp_path):
