@@ -74,7 +74,9 @@ def labelled_videos(env, split, subset):
         print(*found.notes, sep="\n")
     videos = [v for v in found.videos if v.label >= 0]
     if not videos:
-        raise BadInput(f"{found_in(env)} has no labels, which {s.command} needs: put each class in a folder of its own")
+        cure = (f"give each path in --splits {s.splits} its label" if s.dataset == "list" else
+                "put each class in a folder of its own")
+        raise BadInput(f"{found_in(env)} has no labels, which {s.command} needs: {cure}")
     bare = [f"{v.name}: there, but of no class" for v in found.videos if v.label < 0]
     return found._replace(videos=videos, unused=(*found.unused, *bare))
 
@@ -323,6 +325,7 @@ def environment(s, device, rank, world):
 def evaluate(s):
     """Run a command on its splits, print and write its results -> exit status."""
     if s.command == "export":
+        check_writable(s.out, "--out")
         export(s.checkpoint, s.out)
         print(f"written: {s.out}")
         return 0

@@ -53,6 +53,7 @@ import numpy as np
 
 from support.cli import Help, command_line, say
 from support.errors import BadInput
+from support.files import check_folder
 from support.flow_gpu import BATCH_PAIRS, extract_batched
 from support.flow_import import import_arguments, import_flow
 from support.flow_info import info
@@ -274,6 +275,18 @@ def write_listing(root, i, n, skipped, cut, names, found):
     return listing
 
 
+def check_stores(stores, jobs):
+    """Raise BadInput where one can't be written, unless all of `jobs` were skipped before: a finished store may lie
+    where nothing can be written."""
+    skipped = set()
+    for path in stores[0].root.glob("skipped*.json"):
+        with suppress(OSError, ValueError, AttributeError, KeyError):  # damaged
+            skipped |= json.loads(path.read_text())["skipped"].keys()
+    for store, option in zip(stores, ("--out", "--rgb"), strict=True):
+        if store and jobs.keys() - skipped:
+            check_folder(store.root, option)
+
+
 def settings_of(args):
     """What the command asks for -> Settings. Raises BadInput where options do not go together."""
     for option, least, most in [("workers", 1, 4096), ("time_limit", 1, 86400), ("short_side", 0, 4096),
@@ -343,6 +356,7 @@ def run(args):
             plan(jobs, settings, args.workers, *how)
         return 0
 
+    check_stores(stores, jobs)
     for name, job in jobs.items() if settings.cuts else ():
         for store in filter(None, stores):
             remove_outdated(store, name, job.path)

@@ -303,7 +303,9 @@ def main(argv=None):
         raise BadInput("--device cuda: torch sees no CUDA device; use --device cpu")
     device = "cuda" if s.device != "cpu" and torch.cuda.is_available() else "cpu"
     settings = {"num": s.num, "dim": s.dim, "seed": s.seed, "steps": s.steps or "default"}
-    if not s.force and held(s.out, settings):
+    if s.force:
+        check_writable(s.out, "--out")
+    elif held(s.out, settings):
         print(f"{s.out} is there already, with these settings")
         return 0
     start = time.monotonic()

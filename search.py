@@ -48,7 +48,7 @@ from support.collection_index import (
 from support.distributed import run_on_first_rank, start_processes
 from support.errors import BadInput
 from support.features import check_store, view_matrix
-from support.files import atomic, check_writable
+from support.files import atomic, check_folder, check_writable
 from support.grouping import judged, make_groups
 from support.metrics import nearest
 from support.page import Group, Item, write_page
@@ -221,6 +221,7 @@ def entry_names(held):
 # ---------------------------------------------------------------------------------------------------------------------
 def page(s):
     """Write the page of a collection: films, their nearest, groups and a map by every view -> exit status."""
+    check_folder(s.out, "--out")
     held = load_collection(s.index)
     n, paths, root = len(held.files), held.paths(), held.header["videos"]
     spans = [(a, b if frames else None) for (a, b), (_, frames) in

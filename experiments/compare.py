@@ -31,6 +31,7 @@ from scipy.stats import ttest_rel
 from experiments.tables import Driver, check_comparable, load
 from support.cli import Help, command_line
 from support.errors import BadInput
+from support.files import check_writable
 
 VIEWS = ("rgb", "flow", "rgb+flow")
 NEEDED = {"set": dict, "prototypes": str, "processes": int, "flags": str, "settings": dict, "seeds": list,
@@ -157,6 +158,7 @@ def draw(args):
 
     from experiments.figures import COLOURS, save
 
+    check_writable(args.out, "--out")
     x = read_experiment(args.experiment)
     found = collect(x)
     views = [v for v in VIEWS if any(v in r for seeds in found.values() for r in seeds.values())]

@@ -31,7 +31,7 @@ from experiments.tables import check_comparable, collect, ours
 from support.cli import Help, command_line
 from support.errors import BadInput
 from support.features import view_matrix
-from support.files import atomic, load_arrays
+from support.files import atomic, check_writable, load_arrays
 from support.videos import decode
 
 matplotlib.use("Agg")
@@ -306,6 +306,7 @@ def main(argv=None):
     for c in commands.choices.values():
         c.add_argument("--out", required=True, help="picture to write")
     args = p.parse_args(argv)
+    check_writable(args.out, "--out")
     args.draw(args)
     return 0
 

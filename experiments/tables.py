@@ -33,7 +33,7 @@ import model
 from experiments.paper import LAMBDAS, TABLES, lambda_run
 from support.cli import Help, command_line
 from support.errors import BadInput
-from support.files import atomic, save_arrays
+from support.files import atomic, check_folder, check_writable, save_arrays
 
 ROOT = Path(__file__).parents[1]
 SAME = ("protocol", "fusion", "dataset", "split", "gallery", "queries", "classes")  # rows are comparable only then
@@ -132,6 +132,7 @@ def run(args):
     sets, results = read_sets(args.sets), Path(args.results).absolute()
     for name in {args.pretrain, *args.on} - set(sets):
         raise BadInput(f"--sets {args.sets} names no data set {name}; it has {', '.join(sets)}")
+    check_folder(results, "--results")
     driver, user = Driver(results), shlex.split(args.pretrain_flags)
     fitted, random = results / "prototypes.npz", results / "random_prototypes.npz"
     size = ["--num", str(args.num), "--dim", str(args.dim)]
@@ -264,6 +265,8 @@ def as_latex(title, head, lines):
 
 def show_tables(args):
     """Print tables, or write them to --out."""
+    if args.out:
+        check_writable(args.out, "--out")
     form = as_markdown if args.format == "markdown" else as_latex
     note = ("ours: mean over the seeds ± the error of the test set (clusters: the deviation of the runs of k-means) "
             "and, from two seeds on, of the mean of the seeds; hours: pre-training and this evaluation, all seeds.")

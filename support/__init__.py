@@ -16,6 +16,7 @@ Videos
     seeking         frames far into a film, from a key frame on
     frame_folders   folders of images as videos
     streams         time stamps and changes of size, which OpenCV doesn't give
+    seeking         frames far into a film, decoded from a key frame on
     video_index     how many frames each really gives (python -m support.video_index)
     datasets        the published lists of data sets: which videos, which labels
     frames          frames of a video with its flow, from the stores or decoded

@@ -22,11 +22,11 @@ import data
 import model
 from support.batch_norm import synchronisation, synchronise_batch_norm
 from support.checkpoints import load_checkpoint, save_checkpoint
-from support.distributed import run_on_first_rank
+from support.distributed import run_on_all_ranks, run_on_first_rank
 from support.epoch_batches import EpochBatches
 from support.errors import BadInput
 from support.features import fingerprint
-from support.files import atomic
+from support.files import atomic, check_folder
 from support.inference import group_by_views, mean_over_views
 from support.loader import Loader
 from support.optim import SGD, Adam, set_rate
@@ -246,6 +246,8 @@ def fit_clips(net, views, found, store, recipe, s, settings, frozen, what, devic
                             stride=settings["stride"], scale=tuple(settings["scale"]), seed=s.seed, cache=s.cache,
                             views=tuple(views), rgb=rgb)
     batches = EpochBatches(len(found.videos), s.batch_size, recipe.epochs, s.seed, rank, world)
+    if start < batches.steps_per_epoch * recipe.epochs:
+        run_on_all_ranks(lambda: check_folder(s.out, "--out"))
     log = EpochLog(what, batches.steps_per_epoch * recipe.epochs, batches.steps_per_epoch, rank, start, state)
     labels = torch.tensor([v.label for v in found.videos])
     memory = f"--batch-size {s.batch_size}. What helps: a smaller --batch-size or --size, fewer --frames"

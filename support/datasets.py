@@ -218,6 +218,8 @@ def _list(found, splits, split, subset):
     # train.csv or .txt, test.csv or .txt: path below --videos, and a label
     path = _split_file(splits, f"{subset}.csv", f"{subset}.txt")
     rows = _path_label_rows(path)
+    if not rows:
+        raise BadInput(f"{path} names no video; it takes \"path label\" a line")
     entries = []
     for name, label in rows:
         name = os.path.normpath(name)

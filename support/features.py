@@ -27,8 +27,9 @@ from tqdm import tqdm
 import data
 import model
 from support.checkpoints import load_checkpoint
+from support.distributed import run_on_all_ranks
 from support.errors import BadInput
-from support.files import load_arrays, save_arrays
+from support.files import check_folder, load_arrays, save_arrays
 from support.inference import group_by_views, mean_over_views
 from support.loader import Loader
 from support.weights import Backbones, load
@@ -181,6 +182,8 @@ def load_or_extract(net, found, store, s, device, what, rank=0, world=1, whole=N
             (header, key), path = of_whole, other
     made_by = f"python evaluate.py features --{'weights' if s.weights else 'checkpoint'} {s.checkpoint}"
     if path is None or not path.exists():
+        if path:
+            run_on_all_ranks(lambda: check_folder(path.parent, "--features"))
         joined = _extract_all(net, videos, store, s, device, what, path, rank, world, rgb)
         if rank == 0:
             header |= {"key": key, "classes": found.classes}

@@ -70,6 +70,17 @@ def check_writable(path, option):
         raise BadInput(f"{option} {path} can't be written ({e.strerror}); choose a folder that can") from e
 
 
+def check_folder(path, option):
+    """Before long work: raise BadInput if its results could not be written into the folder `path` of `option`."""
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise BadInput(f"{option} {path} is a file; give a folder")
+    try:
+        os.makedirs(path, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as e:
+        raise BadInput(f"{option} {path} can't be written ({e.strerror}); choose a folder that can") from e
+
+
 def save_arrays(path, kind, header, **arrays):
     """Write arrays and a JSON header to one .npz file.
 

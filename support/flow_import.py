@@ -14,12 +14,12 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
 from support.avi import AviWriter
 from support.cli import Help, say
 from support.errors import BadInput
+from support.files import check_folder
 from support.flow_progress import Progress
 from support.frame_folders import read_image
 from support.stores import BOUND, FlowStore, open_store, quantise, write_list
@@ -69,9 +69,14 @@ def find_flow(root, layout):
 
 
 def _folders_of_images(root, prefixes):
-    """{path below `root`: folder} of those that hold an image whose name begins with one of `prefixes`."""
-    return {os.path.relpath(folder, root): folder for folder, _, files in os.walk(root, followlinks=True)
-            if any(IMAGE.fullmatch(f) and f.lower().startswith(prefixes) for f in files)}
+    """{path below `root`: folder} of those that hold an image whose name begins with one of `prefixes`. Raises BadInput
+    where that is `root` itself, which would have no name."""
+    found = {os.path.relpath(folder, root): folder for folder, _, files in os.walk(root, followlinks=True)
+             if any(IMAGE.fullmatch(f) and f.lower().startswith(prefixes) for f in files)}
+    if "." in found:
+        raise BadInput(f"{root} holds the flow of one video itself; put it into a folder of the video's name, and give "
+                       f"the folder above with --from")
+    return found
 
 
 def numbered(folder, prefix=None):
@@ -116,6 +121,15 @@ def dequantised(image, bound):
     return image.astype(np.float32) * (2 * bound / 255) - bound
 
 
+def read_component(path):
+    """A component of flow as it was written -> uint8 [h, w]. Raises BadInput where the image is in colour: a picture of
+    the flow's direction, or u and v in one image."""
+    image = read_image(path)
+    if (image[..., :1] != image[..., 1:]).any():
+        raise BadInput(f"{path} is in colour; u and v are read from grey images of 8 bits, one each: extract them so")
+    return image[..., 0]
+
+
 def source_of(job, pairs, report):
     """What the file's header says of the source. Raises BadInput if the video has another number of frames."""
     if job.video is None:
@@ -144,7 +158,7 @@ def import_video(job, settings, report):
     header = {**source_of(job, len(u), report), "images_bytes": images_bytes(job), "device": "imported"}
     writer, size = AviWriter(settings.quality), None
     for paths in zip(u, v, strict=True):
-        planes = [cv2.cvtColor(read_image(path), cv2.COLOR_BGR2GRAY) for path in paths]
+        planes = [read_component(path) for path in paths]
         size = size or planes[0].shape
         for plane, path in zip(planes, paths, strict=True):
             if plane.shape != size:
@@ -189,6 +203,8 @@ def import_flow(args):
     jobs = {name: Job(*folders, os.path.join(args.out, f"{name}.avi"), videos.get(name))
             for name, folders in found.items() if name not in without}
     jobs = {name: job for name, job in jobs.items() if not is_imported(store, name, job)}
+    if jobs:
+        check_folder(store.root, "--out")
     say(f"{len(found)} videos with flow below {args.source}, {len(jobs)} to do")
     skipped, progress = {}, Progress(len(jobs), args.workers)
     for name, kind, value in run_in_processes(import_video, jobs, Settings(args.layout, args.bound, args.quality),

@@ -11,7 +11,7 @@ import numpy as np
 
 from support.cli import say
 from support.errors import BadInput
-from support.files import atomic
+from support.files import atomic, check_writable
 from support.stores import SEGMENT, FlowStore, RgbStore, dequantise
 from support.videos import find_videos, frames_at
 
@@ -58,6 +58,8 @@ def info(args):
     """Print what a store of flow or RGB holds; draw a flow field."""
     if bool(args.video) != bool(args.picture) or (args.picture and not cv2.haveImageWriter(args.picture)):
         raise BadInput("--video NAME and --picture FILE go together, and FILE ends as a picture does (flow.png)")
+    if args.picture:
+        check_writable(args.picture, "--picture")
     store = open_any(args.store)
     names = sorted(str(p.relative_to(store.root))[:-4] for p in store.root.rglob("*.avi")
                    if p.name[0] != "." and p.is_file())

@@ -21,6 +21,8 @@ TRIES = 8  # key frames looked at
 IDR = {"h264": lambda byte: byte & 31 == 5, "hevc": lambda byte: byte >> 1 & 63 in (19, 20)}
 SLICES = {"h264": lambda byte: 1 <= byte & 31 <= 5, "hevc": lambda byte: byte >> 1 & 63 < 32}
 CLOSED = {"vp8", "vp9", "av1"}  # whose key frames forget all before them
+# the codecs' names in OpenCV
+FOURCC = {int.from_bytes(name, "little") for name in (b"h264", b"hevc", b"VP80", b"VP90", b"AV01")}
 # whose colours PyAV gives as OpenCV does, bit by bit
 PIXELS = {"yuv420p", "yuvj420p", "yuv422p", "yuv444p"}
 TURNS = {90: cv2.ROTATE_90_COUNTERCLOCKWISE, -90: cv2.ROTATE_90_CLOCKWISE, 180: cv2.ROTATE_180, -180: cv2.ROTATE_180}

@@ -18,7 +18,7 @@ import torch
 
 from support.avi import AviReader
 from support.errors import BadInput
-from support.files import atomic
+from support.files import atomic, check_folder
 
 BOUND = 20.0  # px; flow is clipped to [-BOUND, BOUND] (paper: "pre-processed as in [12,37,80]")
 
@@ -96,7 +96,7 @@ class Store:
         for folder, _, files in os.walk(self.root, followlinks=True):
             for file in sorted(files):
                 if file.endswith(".avi") and not file.startswith("."):
-                    cut = SEGMENT.fullmatch(file)
+                    cut = self.header.get("segment") and SEGMENT.fullmatch(file)
                     name = os.path.relpath(os.path.join(folder, cut[1] if cut else file[:-len(".avi")]), self.root)
                     found.setdefault(name, os.path.join(folder, file))
         return dict(sorted(found.items()))
@@ -104,6 +104,8 @@ class Store:
     def segments(self, name):
         """Names of the segments of a video, in order, as they were when this store was first asked for one in that
         folder; [] where it isn't cut."""
+        if not self.header.get("segment"):  # x@10.avi is then the film x@10
+            return []
         folder = os.path.dirname(name)
         if folder not in self._segments:
             found = self._segments[folder] = defaultdict(list)
@@ -125,6 +127,9 @@ class Store:
         try:
             return AviReader(self.path(name), self.command)
         except FileNotFoundError:
+            if cut := self.segments(name):
+                shown = ", ".join([*cut[:3], *["..."] * (len(cut) > 3)])
+                raise BadInput(f"{self.root} holds {name} in {len(cut)} segments; name one of them: {shown}") from None
             raise BadInput(f"{self.root} has no {self.KIND} of {name}; run again: {self.command}") from None
 
 
@@ -155,6 +160,7 @@ def open_store(kind, root, settings, option="--out"):
     except OSError as e:
         raise BadInput(f"{option} {root} can't be used as a folder ({e.strerror}); choose another") from e
     if not inside:  # of shards that start together one writes the header, and the others are held to it
+        check_folder(root, option)
         with suppress(FileExistsError), atomic(root / "header.json", exclusive=True) as tmp:
             tmp.write_text(json.dumps(header, indent=1) + "\n")
     elif not os.path.lexists(root / "header.json"):

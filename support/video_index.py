@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from support.cli import Help, command_line
 from support.errors import BadInput
-from support.files import load_arrays, save_arrays
+from support.files import check_writable, load_arrays, save_arrays
 from support.videos import cut_short, declared_frames, decode, file_stat, find_videos
 from support.worker_pool import cores, run_in_processes
 
@@ -129,6 +129,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.time_limit <= 0 or (args.workers is not None and args.workers < 1):
         raise BadInput("--time-limit and --workers must be above 0")
+    check_writable(args.index, "--index")
     index, known = scan(args.videos, args.index, args.workers, args.time_limit, progress=True)
     frames = [row[2] for row in index.entries.values()]
     wrong = [row[4] for row in index.entries.values() if row[4]]

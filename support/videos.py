@@ -96,8 +96,10 @@ class FilmReader:
     """
 
     def __init__(self, path, frames=None):
-        self.path, self.frames, self.position, self.seeks = path, frames, 0, True
+        self.path, self.frames, self.position = path, frames, 0
         self.video = None if os.path.isdir(path) else _open_decoder(path)
+        # whether to look for key frames
+        self.seeks = self.video is not None and int(self.video.get(cv2.CAP_PROP_FOURCC)) in seeking.FOURCC
 
     def frames_at(self, wanted):
         """Yield (t, uint8 [H, W, 3] BGR) for the frames `wanted` (ascending, none before `position`), as far as they

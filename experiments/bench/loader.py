@@ -8,6 +8,9 @@ it is timed. On the films of --videos, else on generated ones.
 Ours from the videos and from a store of RGB, each with augmentation on the same core (a CPU's) and left to the training
 device; and through a loader process, whose samples pass to the training process in shared memory: there the seconds of
 both count. Seconds are those of the core, so that other work on the machine changes little.
+
+The last rows are of the frames of a sample alone: begun at key frames wherever one lies between, against one pass from
+the film's start; on the same films, and on two minutes of generated H.264.
 """
 
 import json
@@ -17,7 +20,9 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
+import av
 import cv2
 import numpy as np
 import torch
@@ -27,15 +32,16 @@ from torch.utils.data import DataLoader, default_collate
 import data
 from experiments import walkers
 from experiments.bench.measure import in_turns, row
-from support import flow_pipeline
+from support import flow_pipeline, seeking
 from support.avi import write_avi
 from support.datasets import Video
 from support.epoch_batches import EpochBatches
 from support.loader import keep_freed_memory, start_worker
 from support.stores import FlowStore, RgbStore, quantise, rgb_settings, shrink
-from support.videos import decode, find_videos
+from support.videos import declared_frames, decode, find_videos, frames_at
 
 SIZE, SCALE, LENGTHS = 128, (136, 190), [32, 32, 16, 16, 16, 16]
+LONG = 120  # seconds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,6 +159,36 @@ def through_a_process(clips, rounds=10):
     return 1e3 * (spent() - start) / (rounds * n)
 
 
+def long_film(path, seconds):
+    """A moving texture in H.264, 320 x 180 at 25 frames a second, a key frame every 250."""
+    big = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (580, 720, 3)).astype(np.uint8), (0, 0), 2)
+    big = cv2.normalize(big, None, 0, 255, cv2.NORM_MINMAX)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 320, 180, "yuv420p"
+        stream.options = {"preset": "veryfast", "x264-params": "keyint=250"}
+        for t in range(25 * seconds):
+            x, y = int(200 + 190 * np.sin(t / 90)), int(200 + 190 * np.cos(t / 130))
+            picture = np.ascontiguousarray(big[y:y + 180, x:x + 320])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="bgr24")))
+        container.mux(stream.encode())
+
+
+def from_key_frames(paths, device):
+    """Milliseconds of a sample's frames: (in one pass, begun at key frames wherever one lies between)."""
+    rng, wanted = np.random.default_rng(0), []
+    for path in paths:
+        starts = [(int(rng.integers(max(1, declared_frames(path) - frames))), frames) for frames in LENGTHS]
+        wanted.append(sorted({t for start, frames in starts for t in range(start, start + frames)}))
+
+    def read(far):
+        with mock.patch.object(seeking, "FAR", far):
+            return sum(1 for path, numbers in zip(paths, wanted, strict=True) for _ in frames_at(path, numbers))
+
+    calls = [lambda: read(sys.maxsize), lambda: read(0)]
+    return [ms / len(paths) for ms in in_turns(calls, device, seconds=10, clock=time.process_time)]
+
+
 def loader(device, videos):
     """Samples a second and core: decode, cut, collate, augment."""
     threads = torch.get_num_threads()
@@ -186,6 +222,9 @@ def loader(device, videos):
                              seconds=25, clock=time.process_time)
             baseline_ms, *ours = (ms / n for ms in every)
             ours += [through_a_process(clips) for clips in sources.values()]
+            long_film(Path(folder) / "long.mp4", LONG)
+            sought = {what: from_key_frames([film.path for film in films], device),
+                      f"{LONG} s of generated H.264": from_key_frames([Path(folder) / "long.mp4"], device)}
             cases = [*list(calls)[1:], *(f"{source}, through a loader process" for source in sources)]
     finally:
         torch.set_num_threads(threads)
@@ -194,3 +233,6 @@ def loader(device, videos):
         print(f"  {case}: {1e3 / ms:.1f}; {0.095 * ms:.1f}", file=sys.stderr)
         yield row("loader", f"2 x 32 + 4 x 16 frames of both views, {what}, one thread, {case}", device, baseline_ms,
                   ms)
+    for what, (one_pass, ms) in sought.items():
+        yield row("loader", f"2 x 32 + 4 x 16 frames of RGB alone, {what}, one thread, begun at key frames (baseline: "
+                  f"one pass)", torch.device("cpu"), one_pass, ms)

@@ -222,3 +222,16 @@ def test_parts_of_one_name_and_absent_parts_are_refused(tmp_path, films):
     film(tmp_path / "only" / "test" / "run" / "a.avi", numbered(3))
     with pytest.raises(BadInput, match="has no folder train/"):
         read_split("folder", tmp_path / "only")
+
+
+def test_an_empty_list_is_named(tmp_path, films):
+    videos, splits = films("a/x"), lists(tmp_path, train__csv="\n \n")
+    with pytest.raises(BadInput, match=r"train\.csv names no video; it takes \"path label\" a line"):
+        read_split("list", videos, splits)
+
+
+def test_evaluation_on_a_list_without_labels_says_where_they_go(tmp_path, films):
+    videos, splits = films("a/x", "a/y"), lists(tmp_path, train__csv="a/x.avi\na/y.avi\n")
+    settings = SimpleNamespace(dataset="list", videos=videos, splits=splits, command="retrieval")
+    with pytest.raises(BadInput, match=r"has no labels, which retrieval needs: give each path in .*lists its label"):
+        evaluate.labelled_videos(SimpleNamespace(s=settings, rank=0, films=None, store=None, rgb=None), 1, "train")

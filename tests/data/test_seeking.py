@@ -51,6 +51,7 @@ FORMS = {"mp4": ("mp4", "libx264", {}), "b frames": ("mp4", "libx264", {"b_frame
          "matroska": ("matroska", "libx264", {"b_frames": 3}),
          "transport stream": ("mpegts", "libx264", {"b_frames": 3}),
          "hevc": ("mp4", "libx265", {"options": {"x265-params": "open-gop=0:scenecut=0:log-level=none"}}),
+         "av1": ("mp4", "libsvtav1", {"options": {"preset": "12"}}),
          "vp9": ("webm", "libvpx-vp9", {}), "vp8": ("webm", "libvpx", {}),
          "444": ("mp4", "libx264", {"pixels": "yuv444p"}), "422": ("mp4", "libx264", {"pixels": "yuv422p"}),
          "full range": ("mp4", "libx264", {"pixels": "yuvj420p"}),

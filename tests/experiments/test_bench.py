@@ -51,11 +51,13 @@ def test_trainers_end_with_the_bench():
 
 def test_the_loader_is_compared_on_the_same_films(tiny, monkeypatch, capsys):
     monkeypatch.setattr(bench_loader, "in_turns", lambda calls, *args, **kwargs: [1.0 for call in calls if call()])
+    monkeypatch.setattr(bench_loader, "LONG", 2)
     videos = find_videos(tiny.videos / "Walk")
     rows = list(bench_loader.loader(torch.device("cpu"), tiny.videos / "Walk"))
-    assert len(rows) == 6 and all("real clips" in r["case"] for r in rows)
+    assert len(rows) == 8 and all("real clips" in r["case"] for r in rows[:7])
+    assert "2 s of generated H.264" in rows[7]["case"] and all("key frames" in r["case"] for r in rows[6:])
     assert f"{len(videos)} real clips; samples a second" in capsys.readouterr().err
-    assert all(r["ours_ms"] > 0 for r in rows[4:])  # through a process: these are measured here too
+    assert all(r["ours_ms"] > 0 for r in rows[4:6])  # through a process: these are measured here too
 
 
 def test_prototypes_are_measured():

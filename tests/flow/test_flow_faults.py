@@ -240,6 +240,9 @@ def test_a_finished_store_can_be_looked_at_where_nothing_can_be_written(tmp_path
     (store / "skipped.json").unlink()
     done = on_a_read_only_disk(tmp_path / "disk", *arguments)
     assert done.returncode == 0 and done.stderr == "" and "0 to do" in done.stdout, done.stderr
+    film(tmp_path / "v" / "more.avi", moving(3, 24, 24, 1, 0))  # and work that is new does not begin
+    done = on_a_read_only_disk(tmp_path / "disk", *arguments)
+    assert done.returncode == 2 and f"--out {store} can't be written (Read-only file system)" in done.stderr
 
 
 def test_an_output_whose_name_no_file_can_have(five, tmp_path):
@@ -257,5 +260,5 @@ def test_an_output_whose_name_no_file_can_have(five, tmp_path):
 def test_an_output_that_takes_nothing(five):
     """/proc is nobody's to write in, not even the superuser's."""
     for stores in (["/proc/flow"], [five / "store", "--rgb", "/proc/flow"]):
-        with pytest.raises(BadInput, match=r"/proc/flow/header\.json can't be written .*; choose a folder that"):
+        with pytest.raises(BadInput, match=r"--(out|rgb) /proc/flow can't be written .*; choose a folder that"):
             command(five / "videos", *stores)

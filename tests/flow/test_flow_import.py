@@ -154,3 +154,25 @@ def test_bad_input_is_a_message(tmp_path):
     with pytest.raises(BadInput, match=r"u/x has no .*v/x beside it"):
         import_from(tmp_path / "uv", tmp_path / "s", "uv")
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("layout", ["denseflow", "uv"])
+def test_the_folder_of_one_video_is_not_the_folder_of_all(tmp_path, layout):
+    write_flow(tmp_path / "flow", "." if layout == "uv" else "one", FLOWS, layout)
+    source = tmp_path / "flow" / ("" if layout == "uv" else "one")
+    with pytest.raises(BadInput, match="holds the flow of one video itself; put it into a folder of the video's name"):
+        import_from(source, tmp_path / "s", layout)
+    assert not (tmp_path / "s").exists()
+
+
+def test_pictures_of_flow_are_no_flow(tmp_path):
+    """In colours, as flow is drawn; the other video is taken."""
+    write_flow(tmp_path / "flow", "good", FLOWS)
+    write_flow(tmp_path / "flow", "drawn", FLOWS)
+    colours = np.zeros((24, 32, 3), np.uint8)
+    colours[..., 2] = 200
+    cv2.imwrite(str(tmp_path / "flow" / "drawn" / "flow_x_00002.jpg"), colours)
+    assert import_from(tmp_path / "flow", tmp_path / "s") == 0
+    skipped = json.loads((tmp_path / "s" / "skipped.json").read_text())["skipped"]
+    assert skipped.keys() == {"drawn"} and "flow_x_00002.jpg is in colour; u and v are read" in skipped["drawn"]
+    assert "good" in FlowStore(tmp_path / "s")

@@ -221,3 +221,30 @@ def test_info_counts_segments_as_their_video(films, capsys):
     assert flow.main(["info", str(films / "cut" / "flow"), "--videos", str(films / "v")]) == 0
     said = capsys.readouterr().out
     assert "3 videos in 6 files, 47 flow fields" in said and "0 of the 3 videos below" in said
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+def test_a_picture_of_a_film_in_segments_is_of_one_of_them(films, tmp_path):
+    picture = ["--picture", str(tmp_path / "p.png")]
+    with pytest.raises(BadInput, match="a/long in 4 segments; name one of them: a/long@0, a/long@10, a/long@20, "):
+        flow.main(["info", str(films / "cut" / "flow"), "--video", "a/long", *picture])
+    assert flow.main(["info", str(films / "cut" / "flow"), "--video", "a/long@10", *picture]) == 0
+
+
+def test_stores_that_were_not_cut_alike_are_refused(films):
+    cut, whole = ({kind.KIND: kind(films / root / kind.KIND) for kind in (FlowStore, RgbStore)}
+                  for root in ("cut", "whole"))
+    videos = [Video("p/short.avi", "short", 0)]  # whose files are the same in both
+    with pytest.raises(BadInput, match=r"cut/flow was made with --segment 0\.4, but .*whole/rgb with no --segment"):
+        expand(videos, cut["flow"], whole["rgb"])
+    with pytest.raises(BadInput, match=r"whole/flow was made with no --segment, but .*cut/rgb with --segment 0\.4"):
+        expand(videos, whole["flow"], cut["rgb"])
+    assert expand(videos, whole["flow"], whole["rgb"]) == videos
+
+
+def test_a_film_that_is_called_as_a_segment_is_a_film(tmp_path):
+    """talk@10.mp4: in a store without --segment it is no piece of `talk`."""
+    film(tmp_path / "v" / "x@10.avi", moving(3, 24, 24, 1, 0))
+    assert command(tmp_path / "v", tmp_path / "s", *TRIAL) == 0
+    store = FlowStore(tmp_path / "s")
+    assert list(store.films()) == ["x@10"] and store.segments("x") == []

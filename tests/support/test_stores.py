@@ -12,10 +12,6 @@ import pytest
 import torch
 from helpers.damage import mutate
 
-import evaluate
-from experiments import scaling, walkers
-from experiments.bench import __main__ as bench
-from experiments.bench import prototypes as bench_prototypes
 from support.avi import AviReader, AviWriter, write_avi
 from support.checkpoints import load_checkpoint, save_checkpoint
 from support.errors import BadInput
@@ -261,22 +257,3 @@ def test_a_quota_is_a_sentence_and_what_was_there_stays(tmp_path, name):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-
-
-def test_long_work_says_before_it_starts_that_its_result_can_not_be_written(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "ROWS", {"x": lambda *args: 1 / 0})
-    monkeypatch.setattr(scaling, "record", lambda: 1 / 0)
-    monkeypatch.setattr(bench_prototypes, "measure", lambda *args: 1 / 0)
-    monkeypatch.setattr(evaluate, "load_network", lambda s: 1 / 0)
-    evaluation = ["retrieval", *tiny.common(), "--checkpoint", "none", "--arch", "s3d"]
-    for option, path, words in (("--json", tmp_path, "is a folder; give"),
-                                ("--json", "/proc/x", "can't be written .*;")):
-        for module in (bench, scaling, bench_prototypes):
-            monkeypatch.setattr("sys.argv", ["x", option, str(path)])
-            with pytest.raises(BadInput, match=f"{option} {path} {words}"):
-                module.main()
-        with pytest.raises(BadInput, match=f"{option} {path} {words}"):
-            evaluate.evaluate(evaluate.arguments([*evaluation, option, str(path)]))
-        with pytest.raises(BadInput, match=f"--sheet {path} {words}"):
-            walkers.main(["--out", str(tmp_path / "films"), "--sheet", str(path)])
-    assert not (tmp_path / "films").exists()
