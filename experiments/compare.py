@@ -12,9 +12,10 @@ Out  beside it <setting>/seed<k>.json (evaluate.py retrieval) and .jsonl (the ru
      command with its seconds and status. Checkpoints stay in --work.
 
 run: seed by seed, so that what is there so far is paired; what is done is not done again, and an interrupted run goes
-on. show: R@1 of each setting, mean and standard deviation over seeds, seeds on which a view learned, and, seed by seed
-against `versus`, the mean difference, its standard error and p of a paired t-test (two-sided). draw: every seed's R@1,
-means with their standard errors, and both views' effective rank over the steps, which shows when a view began to learn.
+on. show: R@1 of each setting, mean and standard deviation over seeds, seeds on which a view learned, the effective rank
+of its features in the end (it needs no labels), and, seed by seed against `versus`, the mean difference, its standard
+error and p of a paired t-test (two-sided). draw: every seed's R@1, means with their standard errors, and both views'
+effective rank over the steps, which shows when a view began to learn.
 """
 
 import argparse
@@ -98,6 +99,12 @@ def collect(x):
     return found
 
 
+def ranks(path, view):
+    """A log's steps and its effective rank of a view -> ([step, ...], [rank, ...])."""
+    steps = [line for line in map(json.loads, path.read_text().splitlines()) if f"effective_rank_{view}" in line]
+    return [line["step"] for line in steps], [line[f"effective_rank_{view}"] for line in steps]
+
+
 def paired(ours, theirs):
     """R@1 by seed of two settings, {seed: number} -> (seeds in both, mean difference, its standard error, p); None
     where fewer than three seeds are in both."""
@@ -111,29 +118,41 @@ def paired(ours, theirs):
     return len(seeds), statistics.mean(differences), error, p
 
 
+def mean_and_deviation(values):
+    """"mean ± standard deviation" of numbers; one by itself, a dash for none."""
+    values = list(values)
+    if len(values) < 2:
+        return f"{values[0]:.1f}" if values else "–"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def table(*rows):
+    """Rows of cells as lines of Markdown, the first the head."""
+    head, *rest = (f"| {' | '.join(cells)} |" for cells in rows)
+    return [head, "|---" * len(rows[0]) + "|", *rest]
+
+
 def lines(x, learned):
-    """The two tables as Markdown lines: R@1 by setting and view, and differences from `versus`."""
+    """Tables as lines of Markdown: R@1 by setting and view, effective rank at the end, differences from `versus`."""
     found = collect(x)
     views = [v for v in VIEWS if any(v in r for seeds in found.values() for r in seeds.values())]
-    out = [f"| R@1 | seeds | {' | '.join(views)} | {' | '.join(f'{v} > {learned:g}' for v in views)} |",
-           "|---" * (2 + 2 * len(views)) + "|"]
-    by_view = {name: {v: {s: r[v] for s, r in seeds.items() if v in r} for v in views} for name, seeds in found.items()}
+    by_view = {name: [{s: r[v] for s, r in seeds.items() if v in r} for v in views] for name, seeds in found.items()}
+    levels = [("R@1", "seeds", *views, *(f"{v} > {learned:g}" for v in views))]
+    ranked = [("effective rank at the end", *VIEWS[:2])]
     for name, columns in by_view.items():
-        started = len(list((x.folder / name).glob("seed*.jsonl")))
-        n = len(found[name])
-        shown = [f"{statistics.mean(c.values()):.1f} ± {statistics.stdev(c.values()):.1f}" if len(c) > 1 else
-                 f"{next(iter(c.values())):.1f}" if c else "–" for c in columns.values()]
-        above = [f"{sum(r > learned for r in c.values())} of {len(c)}" if c else "–" for c in columns.values()]
-        failed = f", {started - n} without a result" if started > n else ""
-        out.append(f"| {name} | {n}{failed} | {' | '.join(shown + above)} |")
-    rows = [(name, {v: paired(columns[v], by_view[x.versus][v]) for v in views})
-            for name, columns in by_view.items() if name != x.versus]
-    if any(each for _, row in rows for each in row.values()):
-        out += ["", f"| minus {x.versus}, seed by seed | {' | '.join(views)} |", "|---" * (1 + len(views)) + "|"]
-        for name, row in rows:
-            shown = [f"{d[1]:+.1f} ± {d[2]:.1f}, p = {d[3]:.2g} ({d[0]})" if d else "–" for d in row.values()]
-            out.append(f"| {name} | {' | '.join(shown)} |")
-    return out
+        logs, n = sorted((x.folder / name).glob("seed*.jsonl")), len(found[name])
+        failed = f", {len(logs) - n} without a result" if len(logs) > n else ""
+        above = [f"{sum(r > learned for r in c.values())} of {len(c)}" for c in columns]
+        levels.append((name, f"{n}{failed}", *(mean_and_deviation(c.values()) for c in columns), *above))
+        last = [[r[-1] for r in (ranks(log, view)[1] for log in logs) if r] for view in VIEWS[:2]]
+        ranked.append((name, *map(mean_and_deviation, last)))
+    against = [(f"minus {x.versus}, seed by seed", *views)]
+    for name in (name for name in by_view if name != x.versus):
+        pairs = [paired(ours, theirs) for ours, theirs in zip(by_view[name], by_view[x.versus], strict=True)]
+        if any(pairs):
+            against.append((name, *(f"{d[1]:+.1f} ± {d[2]:.1f}, p = {d[3]:.2g} ({d[0]})" if d else "–" for d in pairs)))
+    tables = [table(*rows) for rows in (levels, ranked, against) if len(rows) > 1]
+    return [line for each in tables for line in (*each, "")][:-1]
 
 
 def show(args):
@@ -147,12 +166,6 @@ def show(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # draw
 # ---------------------------------------------------------------------------------------------------------------------
-def ranks(path, view):
-    """A log's steps and its effective rank of a view -> ([step, ...], [rank, ...])."""
-    steps = [line for line in map(json.loads, path.read_text().splitlines()) if f"effective_rank_{view}" in line]
-    return [line["step"] for line in steps], [line[f"effective_rank_{view}"] for line in steps]
-
-
 def draw(args):
     from matplotlib import pyplot as plt  # here: its import takes longer than `show`
 

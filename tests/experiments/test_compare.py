@@ -30,6 +30,8 @@ def test_means_deviations_and_the_paired_test_by_hand(tmp_path, capsys):
     path = experiment(tmp_path)
     for seed, (sep, goca) in enumerate([(10, 40), (12, 20), (8, 50), (14, 34)]):
         result(tmp_path / "sep" / f"seed{seed}.json", sep)
+        log = [{"step": 1, "effective_rank_rgb": 9}, {"step": 2, "effective_rank_rgb": (1, 2, 2, 3)[seed]}, {"end": 1}]
+        (tmp_path / "sep" / f"seed{seed}.jsonl").write_text("\n".join(map(json.dumps, log)))
         result(tmp_path / "goca" / f"seed{seed}.json", goca)
     (tmp_path / "goca" / "seed3.json").unlink()  # a run that failed: its log is there
     assert compare.main(["show", str(path)]) == 0
@@ -37,7 +39,7 @@ def test_means_deviations_and_the_paired_test_by_hand(tmp_path, capsys):
     differences = [30, 8, 42]
     mean, error = sum(differences) / 3, math.sqrt(sum((d - 80 / 3) ** 2 for d in differences) / 2 / 3)
     p = 2 * student.sf(mean / error, 2)
-    assert "| sep | 4 | 11.0 ± 2.6 | 0 of 4 |" in out
+    assert "| sep | 4 | 11.0 ± 2.6 | 0 of 4 |" in out and "| sep | 2.0 ± 0.8 | – |" in out
     assert "| goca | 3, 1 without a result | 36.7 ± 15.3 | 2 of 3 |" in out
     assert f"| goca | {mean:+.1f} ± {error:.1f}, p = {p:.2g} (3) |" in out
     capsys.readouterr()
@@ -68,7 +70,7 @@ def test_without_three_pairs_no_difference_is_shown(tmp_path, capsys):
     result(tmp_path / "goca" / "seed0.json", 40)
     assert compare.main(["show", str(path)]) == 0
     out = capsys.readouterr().out
-    assert "| goca | 1 | 40.0 | 1 of 1 |" in out and "| sep | 0 | – | – |" in out and "minus" not in out
+    assert "| goca | 1 | 40.0 | 1 of 1 |" in out and "| sep | 0 | – | 0 of 0 |" in out and "minus" not in out
 
 
 def test_all_runs_are_made_once_and_their_logs_kept(tiny, tmp_path, monkeypatch):
