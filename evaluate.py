@@ -121,8 +121,11 @@ def features_of(env, found, what):
                            env.rgb)
 
 
-def listed(videos):
-    return [{"path": v.path, "label": v.label, "name": v.name} for v in videos]
+def listed(env, videos):
+    """What results say of videos."""
+    cut = any(store.header.get("segment") for store in (env.store, env.rgb) if store)
+    return [{"path": v.path, "label": v.label, "name": v.name,
+             **({"first_frame": v.first} if cut and "@" in v.name else {})} for v in videos]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,7 +159,7 @@ def retrieval(env, split):
                 found = recall(near[own], queries.labels[own], gallery.labels)
                 by_class[view][name] = {"videos": int(own.sum()), **{j: found[j] for j in ("R@1", "R@5") if j in found}}
     return {"results": results, "per_class": by_class, "left_out": gallery.left_out + queries.left_out,
-            "classes": gallery.classes, "gallery": listed(gallery.videos), "queries": listed(queries.videos),
+            "classes": gallery.classes, "gallery": listed(env, gallery.videos), "queries": listed(env, queries.videos),
             "neighbours": lists, "protocol": {"gallery": len(gallery.videos), "queries": len(queries.videos),
                                               "classes": len(gallery.classes), "metric": "cosine"}}
 
@@ -180,7 +183,7 @@ def cluster(env, split):
                          "metric": "Euclidean, of unit features"}}
 
 
-def classification(probabilities, test_videos, classes):
+def classification(env, probabilities, test_videos, classes):
     """What `linear` and `finetune` report: {view: [n, classes]}, the n videos."""
     labels = torch.tensor([v.label for v in test_videos])
     predicted = {view: p.argmax(1) for view, p in probabilities.items()}
@@ -188,7 +191,7 @@ def classification(probabilities, test_videos, classes):
             "per_class": {view: {name: {"videos": int(own.sum()), "top-1": 100 * (p[own] == i).double().mean().item()}
                                  for i, name in enumerate(classes) if (own := labels == i).any()}
                           for view, p in predicted.items()},
-            "classes": classes, "queries": listed(test_videos),
+            "classes": classes, "queries": listed(env, test_videos),
             "predictions": {view: p.tolist() for view, p in predicted.items()}}
 
 
@@ -217,7 +220,7 @@ def linear_on_features(env, split):
         return predict_features(classifier, [test.values[v] for v in views], env.device)
 
     p = probabilities_by_view(env.s, predict)
-    return {**classification(p, test.videos, train.classes), "left_out": train.left_out + test.left_out,
+    return {**classification(env, p, test.videos, train.classes), "left_out": train.left_out + test.left_out,
             "protocol": {"train": len(train.videos), "test": len(test.videos), "classes": len(train.classes)}}
 
 
@@ -257,7 +260,7 @@ def on_clips(env, split):
     if env.rank:
         return None
     left_out = train.left_out() + test.left_out() + faults
-    return {**classification(p, [test.videos[i] for i in seen[0]], train.classes), "left_out": left_out,
+    return {**classification(env, p, [test.videos[i] for i in seen[0]], train.classes), "left_out": left_out,
             "protocol": {"train": len(train.videos), "test": len(seen[0]), "classes": len(train.classes)}}
 
 

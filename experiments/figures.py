@@ -32,7 +32,7 @@ from support.cli import Help, command_line
 from support.errors import BadInput
 from support.features import view_matrix
 from support.files import atomic, check_writable, load_arrays
-from support.videos import decode
+from support.videos import decode, film_length, frames_at
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -120,16 +120,20 @@ def training(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # Fig. 4
 # ---------------------------------------------------------------------------------------------------------------------
-def middle_frame(path):
-    """The middle one of the frames that decode, RGB."""
-    frames = list(decode(path))
-    return frames[len(frames) // 2][..., ::-1]
+def frame_of(video):
+    """A frame of a video of a result, RGB: the middle one, of a segment its first."""
+    path = video["path"]
+    try:
+        ((_, frame),) = frames_at(path, [video.get("first_frame", film_length(path) // 2)])
+    except (BadInput, ValueError):  # it ends before that
+        ((_, frame),) = frames_at(path, [sum(1 for _ in decode(path)) // 2])
+    return frame[..., ::-1]
 
 
 def tile(axis, video, classes, right=None):
     """A video's frame with its class, framed and marked as a right or wrong answer (None: a query)."""
     mark, colour = {None: ("", "black"), True: ("✓ ", RIGHT), False: ("✗ ", WRONG)}[right]
-    axis.imshow(middle_frame(video["path"]))
+    axis.imshow(frame_of(video))
     axis.set(xticks=[], yticks=[])
     name = classes[video["label"]]
     axis.set_xlabel(mark + (name if len(name) < 16 else name[:14] + "…"), fontsize=8, color=colour, labelpad=3)

@@ -25,4 +25,5 @@ def expand(videos, store, rgb=None, frames=True):
         raise BadInput(f"{store.root} holds {cut.name} in segments, whose pictures are read from an RGB store: add "
                        f"--rgb RGB (made with python flow.py --videos DIR --out {store.root} --rgb RGB and the same "
                        f"--segment)")
-    return [video._replace(name=name) for video in videos for name in names[video.name] or [video.name]]
+    return [video._replace(name=name, first=int(name.rpartition("@")[2]) if cut else 0) for video in videos
+            for cut in [names[video.name]] for name in cut or [video.name]]

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from helpers.evaluation import UNTRAINED
@@ -10,10 +11,12 @@ from helpers.flow import film, moving
 import data
 import evaluate
 import flow
+from experiments import figures
 from support.datasets import Video
 from support.errors import BadInput
 from support.segments import expand
 from support.stores import FlowStore, RgbStore
+from support.videos import decode
 
 TRIAL = ["--short-side", "0", "--warps", "1", "--epsilon", "0.1", "--workers", "1"]
 NAMES = {"train": ["train/left/one@0", "train/left/one@10", "train/right/two@0", "train/right/two@10",
@@ -52,6 +55,7 @@ def test_each_segment_is_a_sample_with_the_label_of_its_film(cut, tmp_path):
     out = run(cut, tmp_path, "retrieval", *both(cut), "--features", tmp_path / "f")
     for what, subset, labels in (("gallery", "train", [0, 0, 1, 1, 1]), ("queries", "test", [0, 1, 1])):
         assert [v["name"] for v in out[what]] == NAMES[subset] and [v["label"] for v in out[what]] == labels
+    assert [v.get("first_frame") for v in out["queries"]] == [None, 0, 10]
     assert out["results"].keys() == {"rgb", "flow", "rgb+flow"} and out["left_out"] == []
     assert out["protocol"]["pictures"] == "of an RGB store, short side 190 px"
     assert len(list((tmp_path / "f").iterdir())) == 2
@@ -99,3 +103,9 @@ def test_training_on_clips_reads_segments(cut, tmp_path):
     out = run(cut, tmp_path, "linear", *both(cut), "--on", "clips", "--epochs", "1", "--batch-size", "2", "--out",
               tmp_path / "linear", "--views", "rgb+flow")
     assert (out["protocol"]["train"], out["protocol"]["test"]) == (5, 3) and out["left_out"] == []
+
+
+def test_figures_show_a_frame_of_the_segment(cut):
+    long, short = (str(cut / "v" / "test" / name) for name in ("right/three.avi", "left/short.avi"))
+    for video, number in (({"path": long, "first_frame": 15}, 15), ({"path": long}, 10), ({"path": short}, 4)):
+        assert np.array_equal(figures.frame_of(video), list(decode(video["path"]))[number][..., ::-1])
