@@ -407,7 +407,7 @@ def test_rgb_without_flow_has_the_clips_that_it_has_beside_flow(tiny, monkeypatc
 def test_pieces_are_cut_from_their_frames_in_one_pass(tmp_path, monkeypatch):
     frames = [np.full((24, 32, 3), 5 * t, np.uint8) for t in range(40)]
     path, opened = str(film(tmp_path / "f.avi", frames, fps=10)), []
-    monkeypatch.setattr(data, "FilmReader", lambda path: opened.append(path) or FilmReader(path))
+    monkeypatch.setattr(data, "FilmReader", lambda path, *more: opened.append(path) or FilmReader(path))
     pieces = [Video(path, "f", -1, first, 10) for first in (0, 10, 20, 30, 40)]
     clips = data.TestClips(pieces, None, views=("rgb",), protocol="fast", frames=4, size=8)
     for first, item in zip((0, 10, 20, 30), map(clips.__getitem__, range(4)), strict=True):

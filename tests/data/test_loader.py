@@ -193,7 +193,7 @@ def test_files_that_vanish_break_or_stall_cost_their_samples_alone(films, monkey
     real = read_frames_at
     started = time.monotonic()
 
-    def frames_at(path, wanted, fps):
+    def frames_at(path, wanted, *more):
         if path.endswith("d.avi") and os.path.exists(f"{path}.stalls"):
             time.sleep(60)
         return real(path, wanted)
@@ -222,7 +222,7 @@ def test_files_that_vanish_break_or_stall_cost_their_samples_alone(films, monkey
 def test_what_a_codec_raises_is_a_fault_of_its_video(films, monkeypatch):
     videos, flows = films
 
-    def frames_at(path, wanted, fps, real=read_frames_at):
+    def frames_at(path, wanted, *more, real=read_frames_at):
         if path.endswith("a.avi"):
             raise cv2.error("(-215:Assertion failed)\n in function 'resize'\n")
         if path.endswith("b.avi"):
@@ -302,7 +302,7 @@ def crashes(monkeypatch, name, does):
     """Reading the film `name` does that; others are read."""
     real = read_frames_at
     monkeypatch.setattr("support.frames.frames_at",
-                        lambda path, wanted, fps: does() if path.endswith(name) else real(path, wanted))
+                        lambda path, wanted, *more: does() if path.endswith(name) else real(path, wanted))
 
 
 def segfault():

@@ -118,7 +118,7 @@ def test_processes_that_fall_silent_are_given_up(monkeypatch, choice):
 def test_a_film_that_stalls_in_evaluation_is_a_fault(films, monkeypatch):
     found = read_split("folder", films / "films").videos
     monkeypatch.setattr("support.frames.frames_at",
-                        lambda path, t, fps: time.sleep(9) if "b.avi" in str(path) else frames_at(path, t))
+                        lambda path, t, *more: time.sleep(9) if "b.avi" in str(path) else frames_at(path, t))
     clips = data.TestClips(found, FlowStore(films / "flow"), frames=4, size=16, time_limit=0.5)
     assert clips[1] == {"index": 1, "fault": f"{found[1].path} gave nothing for 0.5 s; see whether its disk is well"}
     assert clips[0]["index"] == 0 and "fault" not in clips[0]

@@ -74,7 +74,7 @@ def test_a_video_that_stalls_in_training_is_replaced(folder, tmp_path, monkeypat
         write_avi(store / f"{name}.avi", planes, {})
     real = frames_at
     monkeypatch.setattr("support.frames.frames_at",
-                        lambda path, t, fps: time.sleep(9) if "2.avi" in str(path) else real(path, t))
+                        lambda path, t, *more: time.sleep(9) if "2.avi" in str(path) else real(path, t))
     listed = [Video(path, name, 0) for name, path in found.items()]
     clips = data.TrainClips(listed, FlowStore(store), frames=2, short_frames=2, size=16, time_limit=0.3)
     item = clips[(0, 2)]
