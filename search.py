@@ -23,6 +23,7 @@ the paper's 30. docs/search.md: the index in other programs, how fast this is, a
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
@@ -49,6 +50,7 @@ from support.distributed import run_on_first_rank, start_processes
 from support.errors import BadInput
 from support.features import check_store, view_matrix
 from support.files import atomic, check_folder, check_writable
+from support.frame_folders import is_frame_folder
 from support.grouping import judged, make_groups
 from support.metrics import nearest
 from support.page import Group, Item, write_page
@@ -136,6 +138,8 @@ def query(s):
     """Find what is like a film -> exit status."""
     if s.json:
         check_writable(s.json, "--json")
+    if os.path.isdir(s.video) and not is_frame_folder(*next(os.walk(s.video))[1:]):
+        raise BadInput(f"{s.video} is a folder, and not one of images alone; a query is one film")
     device, _, _ = start_processes(s)
     held, began = load_collection(s.index), time.perf_counter()
     view, checkpoint = view_of(s, held.header), s.checkpoint or held.header["checkpoint"]

@@ -1,5 +1,6 @@
 """Results of evaluate.py as HTML: tables before and after training, confusion by class."""
 
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,10 @@ def read_results(paths, split, settings):
     """
     found, first = [], {}
     for path in paths:
+        if not os.path.isfile(path):
+            raise BadInput(f"--json {path} is no file; evaluate.py writes one with --json")
+        if path in (r.path for r in found):
+            raise BadInput(f"--json names {path} twice; name each result once")
         out = of_split(path, split, "|".join(METRICS))
         p = out["protocol"]
         command = p.get("command", "retrieval")

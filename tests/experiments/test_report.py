@@ -314,6 +314,12 @@ def test_a_result_of_another_run_is_not_this_one_s(run, tmp_path, capsys):
     assert "after, goca" not in page and 'class="query"' not in page and "goca: each view&#x27;s assignment" in page
 
 
+def test_results_that_are_not_there_or_named_twice(run, tmp_path):
+    for files, words in ([tmp_path / "none.json"], "is no file"), ([run.files[0]] * 2, "twice"):
+        with pytest.raises(BadInput, match=words):
+            main([str(run.folder), "--json", *map(str, files), "--out", str(tmp_path / "page")])
+
+
 def test_an_output_that_can_t_be_written(run, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(BadInput, match=r"--out .* can't be written"):

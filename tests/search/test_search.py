@@ -476,6 +476,7 @@ def test_bad_input(films, rgb_index, tmp_path):
             (["query", "--index", rgb_index, tmp_path / "empty.avi"], "empty.avi is empty"),
             (["query", "--index", rgb_index, tmp_path / "text.avi"], "text.avi holds no frame"),
             (["query", "--index", rgb_index, tmp_path / "none.avi"], "none.avi doesn't exist"),
+            (["query", "--index", rgb_index, films / "films"], "films is a folder, and not one of images alone"),
             (["query", "--index", rgb_index, video, "--checkpoint", tmp_path / "gone"], "gone doesn't exist"),
             (["index", "--checkpoint", films / "run", "--videos", tmp_path / "gone", "--out", tmp_path / "x.npz"],
              "gone is no folder"),
