@@ -93,7 +93,9 @@ class TrainClips(Clips):
             colour[2] = 0.0  # grey is no saturation
         sigma = rng.uniform(0.1, 2.0) if rng.uniform() < self.P_BLUR else 0.0
         params = [float(rng.uniform() < 0.5), *colour, sigma]
-        return box, params + [min(1.0, rng.uniform(0, self.still_jitter))] * bool(self.still_jitter)
+        if self.still_jitter:
+            params.append(min(1.0, rng.uniform(0, self.still_jitter)))
+        return box, params
 
     def __getitem__(self, item):
         epoch, index = item

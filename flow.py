@@ -280,7 +280,7 @@ def check_stores(stores, jobs):
     where nothing can be written."""
     skipped = set()
     for path in stores[0].root.glob("skipped*.json"):
-        with suppress(OSError, ValueError, AttributeError, KeyError):  # damaged
+        with suppress(OSError, ValueError, AttributeError, KeyError, TypeError):  # damaged
             skipped |= json.loads(path.read_text())["skipped"].keys()
     for store, option in zip(stores, ("--out", "--rgb"), strict=True):
         if store and jobs.keys() - skipped:

@@ -167,7 +167,7 @@ def test_retrieval_end_to_end(tiny, tmp_path, protocol, capsys):
 
 def perfect(monkeypatch):
     """Features that are the label."""
-    def extract(net, videos, store, s, device, what, keep, done=()):
+    def extract(net, videos, store, s, device, what, keep, done=(), rgb=None):
         f = F.one_hot(torch.tensor([v.label for v in videos]), 10).float().numpy()
         for b, at in enumerate(np.array_split(np.arange(len(videos)), -(-len(videos) // features.BLOCK))):
             keep(b, {"rgb": f[at], "flow": f[at], "kept": at, "faults": np.array([], str)})
@@ -216,7 +216,7 @@ def relaid(tiny, root, dataset):
 @pytest.mark.parametrize("dataset", ["folder", "k400", "diving48", "hmdb51"])
 def test_every_data_set_s_layout(tiny, monkeypatch, tmp_path, dataset):
     """A class that the test list lacks moves no label: of features that are the class all is right."""
-    def extract(net, videos, store, s, device, what, keep, done=()):
+    def extract(net, videos, store, s, device, what, keep, done=(), rgb=None):
         f = F.one_hot(torch.tensor(["abc".index(Path(v.path).stem[0]) for v in videos]), 3).float().numpy()
         keep(0, {"rgb": f, "flow": f, "kept": np.arange(len(f)), "faults": np.array([], str)})
     monkeypatch.setattr(features, "extract_blocks", extract)

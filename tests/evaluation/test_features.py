@@ -20,7 +20,7 @@ def extracted(monkeypatch):
     weights, subset and --stride, in clusters that are no clusters."""
     calls = []
 
-    def extract(net, videos, store, s, device, what, keep, done=()):
+    def extract(net, videos, store, s, device, what, keep, done=(), rgb=None):
         calls.append(len(videos))
         rng = np.random.default_rng([len(videos), s.stride])
         values = {view: rng.standard_normal((len(videos), 6), np.float32) + 1 for view in net.backbones}
