@@ -145,6 +145,10 @@ class Loader:
                 item = next(items)
             except StopIteration:
                 return
+            except (EOFError, ConnectionError) as e:  # a process that ends as it hands over what it made
+                if "in DataLoader worker" in str(e):  # an exception of the work itself
+                    raise
+                continue  # torch says which it was, or in time that nothing comes
             except RuntimeError as e:
                 if "DataLoader timed out" not in str(e):
                     raise
