@@ -44,7 +44,7 @@ demo: $(VENV)/installed
 	@echo "=== 7/8 what GOCA retrieves"
 	@$(BIN)/python evaluate.py retrieval --checkpoint $(DEMO)/goca $(SET) --json $(DEMO)/goca.json
 	@echo "=== 8/8 a page of all that, and what it means"
-	@$(BIN)/python -m experiments.report $(DEMO)/goca --json $(DEMO)/untrained.json results/demo/sep_seed0.json \
+	@$(BIN)/python -m experiments.report $(DEMO)/goca --json $(DEMO)/untrained.json results/guiding/sep/seed21.json \
 	    $(DEMO)/goca.json --out $(DEMO)
 	@echo
 	@$(BIN)/python -m experiments.demo $(DEMO)
