@@ -175,7 +175,7 @@ def draw(args):
     x = read_experiment(args.experiment)
     found = collect(x)
     views = [v for v in VIEWS if any(v in r for seeds in found.values() for r in seeds.values())]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained", width_ratios=(1.4, 1, 1))
+    figure, axes = plt.subplots(1, 3, figsize=(9.5, 3.2), layout="constrained", width_ratios=(1.4, 1, 1))
     for k, (name, seeds) in enumerate(found.items()):
         colour, at = COLOURS[k % len(COLOURS)], [v + 0.22 * (k - (len(found) - 1) / 2) for v in range(len(views))]
         for place, view in zip(at, views, strict=True):
@@ -188,7 +188,7 @@ def draw(args):
         for axis, view in zip(axes[1:], VIEWS, strict=False):
             for path in sorted((x.folder / name).glob("seed*.jsonl")):
                 axis.plot(*ranks(path, view), color=colour, alpha=0.6, linestyle=("-", "--")[k % 2], linewidth=1)
-            axis.set(title=f"effective rank of {view}, a line a seed", xlabel="step", ylim=(1, None))
+            axis.set(title=f"effective rank of {view}", xlabel="step", ylim=(1, None))
     axes[0].set(title="R@1 (%): seeds, mean ± standard error", xticks=range(len(views)), xticklabels=views,
                 ylim=(0, 100))
     axes[0].legend(fontsize=8)

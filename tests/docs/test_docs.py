@@ -31,7 +31,7 @@ def test_the_readme_is_short_and_so_are_its_pictures():
     assert pictures
     for picture in pictures:
         assert picture.stat().st_size < 200_000, picture
-        assert f"docs/{picture.name}" in text, f"{picture.name} is shown nowhere"
+        assert any(f"{picture.name})" in page.read_text() for page in PAGES), f"{picture.name} is shown nowhere"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
