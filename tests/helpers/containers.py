@@ -1,12 +1,25 @@
 """Films in containers that OpenCV doesn't write: made with PyAV from frames."""
 
 import io
+import os
+from contextlib import contextmanager
 from fractions import Fraction
 
 import av
 import numpy as np
 
 
+@contextmanager
+def scheduled_as_before():
+    """SVT-AV1 makes the thread that calls it one of real time, where it may (as root): all else then stands still."""
+    policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, priority)
+
+
+@scheduled_as_before()
 def encode(frames, form, codec="libx264", stamps=None, rate=25, gop=12, b_frames=0, pixels="yuv420p", options=()):
     """uint8 frames [H, W, 3] -> a file's bytes. stamps: times in ms (default: at `rate`). options: of the codec."""
     file = io.BytesIO()
