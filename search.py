@@ -10,8 +10,8 @@ Out  an index: one .npz with a unit feature of every film, or of every piece of 
 
 index   features of all films; with --flow, the store that flow.py made of them, of both views, else of RGB alone.
         --segment 10 indexes every 10 seconds of long films; a store that flow.py --segment made is indexed by its
-        segments. Under torchrun several processes share the work; an
-        interrupted one goes on. Films that can't be read are named, and tried again the next time
+        segments. Under torchrun several processes share the work; an interrupted one goes on. Films that can't be read
+        are named, and tried again the next time
 query   the nearest by cosine of a film that need not be in the index; its flow is computed if the index has flow. Of a
         film of several pieces each is looked up, and the best similarity counts
 groups  k-means of all entries (section 4.3), the most typical of each group first

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin while they wait take the cores from others
-os.environ["OMP_NUM_THREADS"] = "2"  # here and in the processes that tests start: sums depend on it
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in the processes that tests start: sums depend on it
 
 import numpy as np
 import pytest

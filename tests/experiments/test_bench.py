@@ -9,6 +9,7 @@ import torch
 from experiments.bench import __main__ as bench
 from experiments.bench import flow as bench_flow
 from experiments.bench import loader as bench_loader
+from experiments.bench import long_film as bench_long_film
 from experiments.bench import prototypes as bench_prototypes
 from experiments.bench import search as bench_search
 from experiments.bench import step as bench_step
@@ -102,3 +103,19 @@ def test_no_row_of_the_flow_claims_a_floor(monkeypatch):
     monkeypatch.setattr(bench_flow, "faster_methods", lambda *args: ())
     rows = list(bench_flow.flow(torch.device("cpu"), None))
     assert rows[-1]["case"].startswith("100 iterations") and {r["floor_ms"] for r in rows} == {None}
+
+
+def test_a_long_film_is_cut_and_sampled(tmp_path, monkeypatch, capsys):
+    """Three segments of two seconds; what is printed is of them."""
+    monkeypatch.setattr("sys.argv", ["bench", "--minutes", "0.1", "--segment", "2", "--workers", "1", "--keep",
+                                     str(tmp_path)])
+    monkeypatch.setattr(bench_long_film.samples_a_second, "__defaults__", (0.0, 1))
+    bench_long_film.main()
+    said = capsys.readouterr().out
+    assert "\n0.1 minutes, 3 segments: flow.py " in said
+    assert len(list((tmp_path / "0.1_minutes" / "flow").rglob("*.avi"))) == 3
+    peak, rate, whole = map(float, re.search(r"peak (\d+) MB .* makes ([\d.]+) samples .* segments, ([\d.]+) of the",
+                                             said).groups())
+    assert 100 < peak < 1000 and rate > 0 and whole > 0
+    with pytest.raises(BadInput, match="holds stores already"):
+        bench_long_film.main()

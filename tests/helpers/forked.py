@@ -4,7 +4,6 @@ Started once a session (the fixture `forked`); a line of JSON in names a functio
 its status. An assertion that fails prints its traceback. One thread: OpenMP's do not survive a fork.
 """
 
-import copy
 import faulthandler
 import json
 import os
@@ -24,7 +23,7 @@ sys.path[:0] = [str(Path(__file__).parents[k]) for k in (1, 2)]
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402 (torch.optim would, in every fork)
 import torch.distributed as dist  # noqa: E402
-from helpers.gpu_kernels import GpuKernels  # noqa: E402
+from helpers.gpu_kernels import gpu_batch_norm  # noqa: E402
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: E402
 
 import data  # noqa: E402
@@ -33,7 +32,7 @@ import flow  # noqa: E402
 import model  # noqa: E402
 import pretrain  # noqa: E402
 import search  # noqa: E402
-from support import batch_norm, classifiers, video_index  # noqa: E402
+from support import classifiers, video_index  # noqa: E402
 from support.batch_norm import synchronise_batch_norm  # noqa: E402
 from support.checkpoints import load_checkpoint  # noqa: E402
 from support.cli import command_line  # noqa: E402
@@ -323,35 +322,6 @@ def unread(stage, argv, line, status, said):
 
 
 # --- batch norm on GPUs ----------------------------------------------------------------------------------------------
-def gpu_batch_norm(rows):
-    """Two steps of processes with `rows` samples each against one process with all, in float64."""
-    for name in vars(GpuKernels):
-        if name.startswith("batch_norm"):
-            setattr(torch, name, getattr(GpuKernels, name))
-    dist.init_process_group("gloo")
-    rank, g = dist.get_rank(), torch.Generator().manual_seed(0)
-    own = slice(sum(rows[:rank]), sum(rows[:rank + 1]))
-    for shape in ((5,), (5, 2, 3, 3)):
-        one = torch.nn.BatchNorm3d(5).double() if len(shape) > 1 else torch.nn.BatchNorm1d(5).double()
-        torch.nn.init.normal_(one.weight, generator=g), torch.nn.init.normal_(one.bias, generator=g)
-        shared = copy.deepcopy(one)
-        for _ in range(2):
-            x, weight = (torch.randn(sum(rows), *shape, dtype=torch.float64, generator=g) for _ in range(2))
-            whole, part = x.clone().requires_grad_(), x[own].clone().requires_grad_()
-            expected = one(whole)
-            (expected * weight).sum().backward()
-            y = batch_norm._NormaliseOnGpu.apply(part, shared.weight, shared.bias, shared.running_mean,
-                                                 shared.running_var, shared.momentum, shared.eps)
-            (y * weight[own]).sum().backward()
-            torch.testing.assert_close(y, expected[own])
-            torch.testing.assert_close(part.grad, whole.grad[own])
-        for a, b in zip(shared.parameters(), one.parameters(), strict=True):
-            dist.all_reduce(a.grad)
-            torch.testing.assert_close(a.grad, b.grad)
-        torch.testing.assert_close(shared.running_mean, one.running_mean)
-        torch.testing.assert_close(shared.running_var, one.running_var)
-
-
 def gpu_batch_norms(rows, said):
     for rank, pid in enumerate(start_ranks(len(rows), gpu_batch_norm, rows, said=said)):
         assert end(pid) == 0, Path(f"{said}{rank}").read_text()

@@ -1,9 +1,12 @@
-"""A page of generated films for the tests of pages."""
+"""A page of generated films for the tests of pages, five films and their index for those of search."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.evaluation import checkpoint
+from helpers.indexing import NAMES, index
 from helpers.pages import FILMS, unit
 
 from experiments import walkers
@@ -34,3 +37,22 @@ def collection(tmp_path_factory):
     page = write_page(root / "page", title="Walkers", items=items, features=features, groups=groups, maps=maps,
                       notes=["30 films"])
     return SimpleNamespace(page=page, items=items, features=features, groups=groups, maps=maps, root=root)
+
+
+@pytest.fixture(scope="session")
+def films(tiny, tmp_path_factory):
+    """A folder of five films, and a run."""
+    root = tmp_path_factory.mktemp("collection")
+    for name, path in zip(NAMES, sorted(tiny.videos.rglob("*.avi"))[::5], strict=False):
+        target = root / "films" / f"{name}.avi"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    (root / "run").mkdir()
+    checkpoint(root / "run")
+    return root
+
+
+@pytest.fixture(scope="session")
+def rgb_index(films):
+    assert index(films, films / "rgb.npz") == 0
+    return films / "rgb.npz"
