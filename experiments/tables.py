@@ -17,6 +17,7 @@ queries and protocol must be the same, as plain text.
 import argparse
 import json
 import math
+import os
 import re
 import shlex
 import signal
@@ -68,21 +69,27 @@ def read_sets(path):
                        f"({e!r})") from e
 
 
+def from_root(word):
+    """A word of a command without the checkout's own path: commands run there, and others read what is noted."""
+    return word.removeprefix(f"{ROOT}{os.sep}")
+
+
 class Driver:
     """Runs commands once: each is noted in DIR/commands.jsonl with its seconds, however it ended."""
 
     def __init__(self, results):
         self.path, self.failed = Path(results) / "commands.jsonl", []
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.done = {line["out"]: line["command"] for line in read_commands(results) if line["status"] == 0}
+        self.done = {from_root(line["out"]): [*map(from_root, line["command"])] for line in read_commands(results)
+                     if line["status"] == 0}
 
     def __call__(self, command, out, log, processes=1):
         """Run `python *command`, whose result is the file `out`, unless that was done -> whether `out` is there."""
-        out = Path(out)
-        if out.exists() and str(out) in self.done:
-            if self.done[str(out)] != command:
-                raise BadInput(f"{out} was made by another command ({shlex.join(self.done[str(out)])}); give "
-                               f"another --results, or remove it")
+        out, noted, command = Path(out), from_root(str(out)), [*map(from_root, command)]
+        if out.exists() and noted in self.done:
+            if self.done[noted] != command:
+                raise BadInput(f"{out} was made by another command ({shlex.join(self.done[noted])}); give another "
+                               f"--results, or remove it")
             return True
         launch = [sys.executable]
         if processes > 1:
@@ -99,13 +106,13 @@ class Driver:
                     process.wait()
                 seconds = time.perf_counter() - began
                 with open(self.path, "a") as notes:
-                    notes.write(json.dumps({"out": str(out), "command": command, "seconds": round(seconds, 1),
+                    notes.write(json.dumps({"out": noted, "command": command, "seconds": round(seconds, 1),
                                             "status": process.returncode}) + "\n")
         if process.returncode:
             self.failed.append(log)
             print(f"    failed with status {process.returncode}: {(log.read_text().splitlines() or ['-'])[-1]}")
             return False
-        self.done[str(out)] = command
+        self.done[noted] = command
         print(f"    {seconds:.0f} s", flush=True)
         return True
 

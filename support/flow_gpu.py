@@ -299,65 +299,47 @@ class FlowBatches:
         self.encoders.shutdown(cancel_futures=True)
 
 
-def extract_batched(jobs, settings, workers, time_limit, device, batch):
-    """As `run_in_processes` of `extract_in_worker`, with the flow of many videos computed together on `device`.
+class BatchedExtraction:
+    """What `extract_batched` has under way. Its generators yield what `run_in_processes` does: (name, kind, value)."""
 
-    workers: processes that decode, and threads that encode. batch: pairs at once, of frames of one size. At most a few
-    batches are under way or wait for frames of their size; beyond that the decoders wait.
-    Raises BadInput as `run_in_processes`, and where the device fails or stays full.
-    """
-    videos, waiting = {}, {}  # {name: VideoProgress}, {size: [(FileProgress, chunk)]}
-    writing = deque()  # (FileProgress, future of its file)
-    pool = FlowBatches(settings.flow, device, batch, workers)
+    def __init__(self, jobs, pool, batch):
+        self.jobs, self.pool, self.batch = jobs, pool, batch
+        self.videos, self.waiting = {}, {}  # {name: VideoProgress}, {size: [(FileProgress, chunk)]}
+        self.writing = deque()  # (FileProgress, future of its file)
 
-    def drop(video, message, kind="failed"):
+    def drop(self, video, message, kind="failed"):
         video.dropped, video.file.encoded = True, []
         return video.name, kind, message
 
-    def finish(video):
+    def finish(self, video):
         if video.about and not video.unwritten and not video.dropped:
-            yield video.name, "done", videos.pop(video.name).about
+            yield video.name, "done", self.videos.pop(video.name).about
 
-    def write_if_whole(file):
+    def write_if_whole(self, file):
         if file.output and len(file.encoded) == file.chunks:
-            writing.append((file, pool.encoders.submit(pool.write, jobs[file.video.name].path, file)))
+            path = self.jobs[file.video.name].path
+            self.writing.append((file, self.pool.encoders.submit(self.pool.write, path, file)))
 
-    def take_encoded(file, piece):
-        video = file.video
+    def take(self, name, kind, value):
+        """What a decoding process says of a video."""
+        video = self.videos.setdefault(name, VideoProgress(name))
         if video.dropped:
             return
-        if isinstance(piece, str):
-            yield drop(video, f"{jobs[video.name].path} {piece}")
-            return
-        file.encoded.append(piece)
-        yield video.name, "progress", (len(piece.jpegs), video.expected, sum(map(len, piece.jpegs)), video.rgb)
-        video.rgb = 0
-        write_if_whole(file)
+        if kind in ("failed", "unavailable"):
+            yield self.drop(video, value, kind)
+        elif kind == "done":
+            video.about = value
+            yield from self.finish(video)
+        else:
+            yield from self.take_decoded(video, *value)
 
-    def take_written(file, message):
-        file.encoded = []
-        file.video.unwritten -= 1
-        if message and not file.video.dropped:
-            yield drop(file.video, message)
-        yield from finish(file.video)
-
-    def proceed(most, wait=False):
-        """Take in what is ready, and wait until no more than `most` batches are under way and, if `wait`, all files
-        are written."""
-        while len(pool.under_way) > most or (pool.under_way and pool.under_way[0][1].done()):
-            for file, piece in pool.get():
-                yield from take_encoded(file, piece)
-        while writing and (wait or writing[0][1].done()):
-            file, future = writing.popleft()
-            yield from take_written(file, future.result())
-
-    def take_decoded(video, message):
+    def take_decoded(self, video, message):
         """A Chunk or FlowFile of a video."""
         if isinstance(message, FlowFile):
             file, video.file = video.file, FileProgress(video)
             file.output = message
             video.unwritten += 1
-            write_if_whole(file)
+            self.write_if_whole(file)
             return
         video.expected, size = message.expected, None if message.frames is None else message.frames.shape[1:]
         video.rgb += message.rgb
@@ -366,27 +348,62 @@ def extract_batched(jobs, settings, workers, time_limit, device, batch):
             video.rgb = 0
             return
         video.file.chunks += 1
-        waiting.setdefault(size, []).append((video.file, message.frames))
-        if sum(len(x) - 1 for _, x in waiting[size]) >= batch:
-            pool.put(waiting.pop(size))
-        elif sum(len(x) - 1 for chunks in waiting.values() for _, x in chunks) >= 4 * batch:
-            pool.put(waiting.pop(next(iter(waiting))))
+        self.waiting.setdefault(size, []).append((video.file, message.frames))
+        if sum(len(x) - 1 for _, x in self.waiting[size]) >= self.batch:
+            self.pool.put(self.waiting.pop(size))
+        elif sum(len(x) - 1 for chunks in self.waiting.values() for _, x in chunks) >= 4 * self.batch:
+            self.pool.put(self.waiting.pop(next(iter(self.waiting))))
 
+    def take_encoded(self, file, piece):
+        video = file.video
+        if video.dropped:
+            return
+        if isinstance(piece, str):
+            yield self.drop(video, f"{self.jobs[video.name].path} {piece}")
+            return
+        file.encoded.append(piece)
+        yield video.name, "progress", (len(piece.jpegs), video.expected, sum(map(len, piece.jpegs)), video.rgb)
+        video.rgb = 0
+        self.write_if_whole(file)
+
+    def take_written(self, file, message):
+        file.encoded = []
+        file.video.unwritten -= 1
+        if message and not file.video.dropped:
+            yield self.drop(file.video, message)
+        yield from self.finish(file.video)
+
+    def proceed(self, most, wait=False):
+        """Take in what is ready, and wait until no more than `most` batches are under way and, if `wait`, all files
+        are written."""
+        under_way = self.pool.under_way
+        while len(under_way) > most or (under_way and under_way[0][1].done()):
+            for file, piece in self.pool.get():
+                yield from self.take_encoded(file, piece)
+        while self.writing and (wait or self.writing[0][1].done()):
+            file, future = self.writing.popleft()
+            yield from self.take_written(file, future.result())
+
+    def last(self):
+        """Nothing more will be decoded."""
+        for chunks in self.waiting.values():
+            self.pool.put(chunks)
+        yield from self.proceed(0, wait=True)
+
+
+def extract_batched(jobs, settings, workers, time_limit, device, batch):
+    """As `run_in_processes` of `extract_in_worker`, with the flow of many videos computed together on `device`.
+
+    workers: processes that decode, and threads that encode. batch: pairs at once, of frames of one size. At most a few
+    batches are under way or wait for frames of their size; beyond that the decoders wait.
+    Raises BadInput as `run_in_processes`, and where the device fails or stays full.
+    """
+    pool = FlowBatches(settings.flow, device, batch, workers)
+    extraction = BatchedExtraction(jobs, pool, batch)
     try:
         for name, kind, value in run_in_processes(decode_chunks, jobs, settings, workers, time_limit):
-            video = videos.setdefault(name, VideoProgress(name))
-            if video.dropped:
-                pass
-            elif kind in ("failed", "unavailable"):
-                yield drop(video, value, kind)
-            elif kind == "done":
-                video.about = value
-                yield from finish(video)
-            else:
-                yield from take_decoded(video, *value)
-            yield from proceed(3)
-        for chunks in waiting.values():
-            pool.put(chunks)
-        yield from proceed(0, wait=True)
+            yield from extraction.take(name, kind, value)
+            yield from extraction.proceed(3)
+        yield from extraction.last()
     finally:
         pool.close()

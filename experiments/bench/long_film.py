@@ -5,17 +5,19 @@
 
 Generated H.264, 320 x 180 at 25 frames a second, through `flow.py --segment 10 --rgb` with DIS flow (TV-L1's own time
 is the bench's row flow). For each length: seconds and processor time of flow.py, the peak memory of any of its
-processes, the size of the stores; samples a second and core from the segments, with both views, and from the film as
-one sample, RGB alone (2 clips of 32 and 4 of 16 frames). Memory and samples should be the same at any length.
+processes (from /proc: Linux), the size of the stores; samples a second and core from the segments, with both views, and
+from the film as one sample, RGB alone (2 clips of 32 and 4 of 16 frames). Memory and samples should not depend on the
+length.
 """
 
 import argparse
-import contextlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -32,17 +34,32 @@ from support.worker_pool import cores
 FLOW = Path(__file__).parents[2] / "flow.py"
 
 
+def used(session):
+    """{process of this session that lives: (its processor time in s, the most memory it had in bytes)}. The processes
+    of flow.py are no children of it whose use the system would hand on."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError):
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()  # from the third, the state, on
+            peak = re.search(r"VmHWM:\s+(\d+) kB", (folder / "status").read_text())
+            if int(fields[3]) == session and peak:
+                found[folder.name] = (sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK"), 1024 * int(peak[1]))
+    return found
+
+
 def extraction(videos, folder, segment, workers):
     """Run flow.py -> {"wall": s, "cpu": s, "peak": bytes of its largest process, "stores": bytes}."""
     command = [sys.executable, FLOW, "--videos", videos, "--out", folder / "flow", "--rgb", folder / "rgb",
-               "--method", "dis", "--segment", str(segment), "--workers", str(workers)]
-    began = time.perf_counter()
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)  # of it and of those that it has waited for
-    process.returncode = os.waitstatus_to_exitcode(status)
+               "--method", "dis", "--segment", segment, "--workers", workers]
+    began, every = time.perf_counter(), {}
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None:
+        every |= used(process.pid)
+        time.sleep(0.2)
     if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return {"wall": time.perf_counter() - began, "cpu": used.ru_utime + used.ru_stime, "peak": 1024 * used.ru_maxrss,
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    cpu, peak = zip(*every.values(), strict=True)
+    return {"wall": time.perf_counter() - began, "cpu": sum(cpu), "peak": max(peak),
             "stores": sum(f.stat().st_size for kind in ("flow", "rgb") for f in (folder / kind).rglob("*.avi"))}
 
 
@@ -87,7 +104,7 @@ def main():
     p.add_argument("--keep", metavar="DIR", help="make films, or take those that are there, and stores in this folder "
                                                  "(default: one that is deleted)")
     args = p.parse_args()
-    with tempfile.TemporaryDirectory() if args.keep is None else contextlib.nullcontext(args.keep) as folder:
+    with tempfile.TemporaryDirectory() if args.keep is None else nullcontext(args.keep) as folder:
         for minutes in args.minutes:
             m = measure(minutes, args.segment, args.workers, Path(folder) / f"{minutes:g}_minutes")
             print(f"{minutes:g} minutes, {m['segments']} segments: flow.py {m['wall']:.0f} s with {args.workers} "

@@ -118,7 +118,8 @@ def test_the_checker_is_content(text):
     assert problems(Page(ROOT / "README.md", text)) == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*/experiment.json")), ids=lambda p: p.parent.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("experiment.json")),
+                         ids=lambda p: str(p.parent.relative_to(ROOT / "results")))
 def test_tables_over_seeds_are_what_their_files_say(path):
     text = (ROOT / "docs" / "results.md").read_text()
     for line in compare.lines(compare.read_experiment(path), 30):

@@ -209,3 +209,14 @@ def test_results_of_other_protocols_are_not_listed_together(tmp_path):
     for other, words in (files[1], "can't be compared: protocol coclr and goca"), (files[2], "is no result of"):
         with pytest.raises(BadInput, match=words):
             tables.main(["show", str(files[0]), str(other)])
+
+
+def test_what_is_noted_has_no_path_of_this_machine(tmp_path, capsys):
+    """Commands run in the checkout; they are noted as they would be typed there, and known again however given."""
+    driver, out = tables.Driver(tmp_path), tmp_path / "out"
+    for place in (str(tables.ROOT / "runs" / "x"), "runs/x"):
+        assert driver(["-c", f"open({str(out)!r}, 'a').write('once')", place], out, tmp_path / "log")
+    assert out.read_text() == "once" and str(tables.ROOT) not in capsys.readouterr().out
+    assert [line["command"][2] for line in tables.read_commands(tmp_path)] == ["runs/x"]
+    with pytest.raises(BadInput, match="made by another command"):
+        tables.Driver(tmp_path)(["-c", "pass", "runs/y"], out, tmp_path / "log")
