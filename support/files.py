@@ -103,7 +103,8 @@ def load_arrays(path, kind, made_by):
             arrays = {k: f[k] for k in f.files}
         header = json.loads(str(arrays.pop("header")))
     except Exception as e:  # numpy, zipfile and json each have their own words for a damaged file
-        raise BadInput(f"{path} is damaged or no {kind} file ({e}); make it with: {made_by}") from e
+        why = "it holds no plain arrays" if "allow_pickle" in str(e) else e  # no advice to execute what is in the file
+        raise BadInput(f"{path} is damaged or no {kind} file ({why}); make it with: {made_by}") from e
     if header.get("kind") != kind or header.get("version") != 1:
         raise BadInput(f"{path} holds {header.get('kind')} version {header.get('version')}, but {kind} version 1 is "
                        f"needed; make it with: {made_by}")

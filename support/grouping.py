@@ -44,6 +44,7 @@ def make_groups(x, num, seed=0):
 def judged(groups):
     """A sentence on how good the number of groups is."""
     apart = "no silhouette" if groups.silhouette is None else f"mean silhouette {groups.silhouette:.3f}"
-    return (f"{len(groups.members)} groups: {apart} (-1 to 1; near 0 neighbouring groups run into one another), "
+    number = f"{len(groups.members)} group{'s' if len(groups.members) > 1 else ''}"
+    return (f"{number}: {apart} (-1 to 1; near 0 neighbouring groups run into one another), "
             f"{STARTS} starts agree by {groups.agreement:.2f} (adjusted Rand index; 1: always the same groups). Try "
             f"several --num, and of those that agree take the one with the highest silhouette")
