@@ -7,7 +7,8 @@
 In   an experiment, a JSON file:
      {"set": {"dataset": ..., "videos": ..., "splits": ..., "flow": ...}, "prototypes": FILE, "processes": 2,
       "flags": "of pretrain.py in every setting", "settings": {name: "more flags", ...}, "seeds": [...],
-      "evaluate": "flags of evaluate.py" (may be left out), "versus": a name of `settings`}
+      "versus": a name of `settings`; and where wanted "evaluate": "flags of evaluate.py", and "untrained": "those of
+      the network and its clips", for a row `untrained` of what evaluate.py finds without pre-training}
 Out  beside it <setting>/seed<k>.json (evaluate.py retrieval) and .jsonl (the run's log), and commands.jsonl: each
      command with its seconds and status. Checkpoints stay in --work.
 
@@ -50,7 +51,12 @@ def read_experiment(path):
         wrong = [f"versus {fields['versus']} is none of its settings ({', '.join(fields['settings'])})"]
     if wrong:
         raise BadInput(f"{path}: {'; '.join(wrong)}; see experiments/compare.py")
-    return SimpleNamespace(**{"evaluate": "", **fields}, folder=Path(path).parent)
+    return SimpleNamespace(**{"evaluate": "", "untrained": "", **fields}, folder=Path(path).parent)
+
+
+def rows_of(x):
+    """Names of an experiment's rows, those of the folders with its results."""
+    return [*x.settings, *(["untrained"] if x.untrained else [])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,6 +82,12 @@ def run(args):
             if trained:
                 driver(["evaluate.py", "retrieval", "--checkpoint", str(run_folder), *data_set,
                         *shlex.split(x.evaluate), "--json", str(result)], result, run_folder / "retrieval.log")
+        result = x.folder / "untrained" / f"seed{seed}.json"
+        if x.untrained and not result.exists():
+            result.parent.mkdir(exist_ok=True)
+            driver(["evaluate.py", "retrieval", "--checkpoint", "none", *data_set, *shlex.split(x.untrained),
+                    *shlex.split(x.evaluate), "--seed", str(seed), "--json", str(result)], result,
+                   work / "untrained" / f"seed{seed}.log")
     for log in driver.failed:
         print(f"failed: {log}")
     return 1 if driver.failed else 0
@@ -87,7 +99,7 @@ def run(args):
 def collect(x):
     """The results of an experiment -> {setting: {seed: {view: R@1}}}. Raises BadInput where two can't be compared."""
     found, first = {}, None
-    for name in x.settings:
+    for name in rows_of(x):
         found[name] = {}
         for seed in x.seeds:
             path = x.folder / name / f"seed{seed}.json"
@@ -145,7 +157,8 @@ def lines(x, learned):
         above = [f"{sum(r > learned for r in c.values())} of {len(c)}" for c in columns]
         levels.append((name, f"{n}{failed}", *(mean_and_deviation(c.values()) for c in columns), *above))
         last = [[r[-1] for r in (ranks(log, view)[1] for log in logs) if r] for view in VIEWS[:2]]
-        ranked.append((name, *map(mean_and_deviation, last)))
+        if logs:
+            ranked.append((name, *map(mean_and_deviation, last)))
     against = [(f"minus {x.versus}, seed by seed", *views)]
     for name in (name for name in by_view if name != x.versus):
         pairs = [paired(ours, theirs) for ours, theirs in zip(by_view[name], by_view[x.versus], strict=True)]

@@ -77,14 +77,19 @@ def test_all_runs_are_made_once_and_their_logs_kept(tiny, tmp_path, monkeypatch)
     path = experiment(
         tmp_path, seeds=[5], prototypes=str(tiny.prototypes), settings={"sep": "--method sep"},
         set={"dataset": "ucf101", "videos": str(tiny.videos), "splits": str(tiny.splits), "flow": str(tiny.flow)},
-        flags="@presets/cpu --epochs 1 --warmup-epochs 0 --batch-size 2 --size 16 --scale 1.0 1.25 --frames 4")
+        flags="@presets/cpu --epochs 1 --warmup-epochs 0 --batch-size 2 --size 16 --scale 1.0 1.25 --frames 4",
+        untrained="--arch r2plus1d18 --width 0.125 --size 16 --frames 4 --stride 2")
     run = ["run", str(path), "--work", str(tmp_path / "work")]
     assert compare.main(run) == 0
     settings = json.loads((tmp_path / "sep" / "seed5.jsonl").read_text().splitlines()[0])["settings"]
     assert (settings["method"], settings["seed"]) == ("sep", 5)
     assert set(json.loads((tmp_path / "sep" / "seed5.json").read_text())["results"]) == {"rgb", "flow", "rgb+flow"}
     notes = (tmp_path / "commands.jsonl").read_text()
-    assert len(notes.splitlines()) == 2
+    assert len(notes.splitlines()) == 3
+    untrained = json.loads((tmp_path / "untrained" / "seed5.json").read_text())
+    row = f"| untrained | 1 | {untrained['results']['rgb']['R@1']:.1f} |"
+    assert untrained["protocol"]["method"] == "untrained"
+    assert any(line.startswith(row) for line in compare.lines(compare.read_experiment(path), 30))
     assert compare.main(run) == 0 and (tmp_path / "commands.jsonl").read_text() == notes
 
 
