@@ -126,8 +126,9 @@ def test_tables_over_seeds_are_what_their_files_say(path):
         assert line in text, f"python -m experiments.compare show {path.relative_to(ROOT)}"
 
 
-def test_the_readme_s_row_on_guiding_is_what_the_files_say():
-    found = compare.collect(compare.read_experiment(ROOT / "results" / "guiding" / "experiment.json"))
+@pytest.mark.parametrize("folder", ["guiding", "ut_interaction/split1"])
+def test_the_readme_s_rows_on_guiding_are_what_the_files_say(folder):
+    found = compare.collect(compare.read_experiment(ROOT / "results" / folder / "experiment.json"))
     sep, led = (compare.mean_and_deviation(r["rgb"] for r in found[name].values()) for name in ("sep", "goca_led"))
     assert f"{len(found['goca_led'])} seeds | {sep} without guiding | {led} guided by flow |" in PAGES[0].read_text()
 
