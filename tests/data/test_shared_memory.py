@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from multiprocessing import connection
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,6 +97,11 @@ def test_evaluation_in_little_shared_memory_is_an_error_message(run_in):
     assert run_in("64m", TESTING.format(workers=1)).stdout == "batches: 6\n"
 
 
+class Counted(Clips):
+    def __getitem__(self, index):
+        return torch.tensor(index)
+
+
 class Silent(Clips):
     """Its third item never comes."""
     time_limit = 0.1
@@ -105,8 +111,8 @@ class Silent(Clips):
         return torch.tensor(index)
 
 
-@pytest.mark.parametrize("choice", [{"batch_size": 1, "shuffle": False}, {"batch_size": None}])
-def test_processes_that_fall_silent_are_given_up(monkeypatch, choice):
+@pytest.mark.parametrize("batch", [1, None])
+def test_processes_that_fall_silent_are_given_up(monkeypatch, batch):
     got, looks = [], []
 
     def clock():
@@ -117,9 +123,30 @@ def test_processes_that_fall_silent_are_given_up(monkeypatch, choice):
     monkeypatch.setattr("support.loader.time", SimpleNamespace(monotonic=clock))
     monkeypatch.setattr(Loader, "LOOK_EVERY", 1)
     with pytest.raises(Unreadable, match=r"loader processes gave nothing for 60\.2 s; see"):
-        for item in Loader(Silent(list("abcdef")), lambda done: choice, 1):
+        for item in Loader(Silent(list("abcdef")), lambda done: {"batch_size": batch, "sampler": range(done, 6)}, 1):
             got.append(int(item))
-    assert got == [0, 1] and 3 <= len(looks) <= 4
+    assert got == [0, 1] and 6 <= len(looks) <= 12
+
+
+def test_what_is_lost_on_its_way_is_made_again(monkeypatch):
+    """The connection over which a living process hands over its memory breaks: twice costs nothing; always, an end."""
+    whole, broken = connection.Client, []
+
+    def client(*args, **kwargs):
+        if len(broken) < breaks:
+            broken.append(args)
+            raise ConnectionResetError("reset by peer")
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(connection, "Client", client)
+    monkeypatch.setattr(Loader, "LOOK_EVERY", 1)
+    breaks = 2
+    loader = Loader(Counted(list("abcdef")), lambda done: {"batch_size": None, "sampler": range(done, 6)}, 1)
+    assert [int(item) for item in loader] == list(range(6)) and len(broken) == 2
+    broken.clear()
+    breaks = 10**6
+    with pytest.raises(RuntimeError, match="lost on its way"):
+        list(loader)
 
 
 def test_a_film_that_stalls_in_evaluation_is_a_fault(films, monkeypatch):
