@@ -6,6 +6,7 @@ random follows from (seed, epoch, index), so that batches are the same as if the
 """
 
 import ctypes
+import gc
 import os
 import re
 import signal
@@ -18,7 +19,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate, default_conve
 from support.errors import BadInput, Unreadable
 
 SHARED_MEMORY = "/dev/shm"  # through which processes hand over tensors; 64 MB in a container of Docker's defaults
-LOST = "what a loader process made was lost on its way"
 AHEAD = 2  # batches that each process may have ready, DataLoader's prefetch_factor
 
 
@@ -33,10 +33,24 @@ def keep_freed_memory():
 
 def start_worker(worker):
     """worker_init_fn of a DataLoader: the processes are the parallelism, and they end when the main process says so."""
+    gc.freeze()  # what the main process left for its collector stays: a decoder waits here for threads that no fork has
+    gc.enable()
     keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process still wants its step's data
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+@contextmanager
+def no_collection():
+    """Nothing is collected in here, nor in a process that is forked here before `start_worker`."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def free_shared_memory():
@@ -114,8 +128,7 @@ class Loader:
     clips: a `Clips`. after(done) -> the DataLoader's `sampler` or `batch_sampler`, and what belongs to it, once `done`
     of its items have come.
     Raises RuntimeError, torch's, where processes end without a batch between them: it is then not the files. Raises
-    BadInput where shared memory is too small, Unreadable where a batch takes several times what its items may take,
-    of new processes, too.
+    BadInput where shared memory is too small, Unreadable where a batch takes several times what its items may take.
     """
 
     MAX_RESTARTS = 3
@@ -139,7 +152,8 @@ class Loader:
     def _items(self, loader, limit):
         """What a DataLoader gives; Unreadable where it gives nothing for `limit` seconds. At each of its own, shorter
         time-outs it looks whether its processes live, and can be asked again."""
-        items, since, lost = iter(loader), time.monotonic(), None
+        with no_collection():
+            items, since = iter(loader), time.monotonic()
         with suppress(ValueError):  # of another thread than the main one
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in whatever is being done
         while True:
@@ -150,13 +164,10 @@ class Loader:
             except (EOFError, ConnectionError) as e:  # a process that ends as it hands over what it made
                 if "in DataLoader worker" in str(e):  # an exception of the work itself
                     raise
-                lost = e
-                continue  # torch says which it was
+                continue  # torch says which it was, or in time that nothing comes
             except RuntimeError as e:
                 if "DataLoader timed out" not in str(e):
                     raise
-                if lost is not None:  # and all processes live: that item won't come again
-                    raise RuntimeError(LOST) from lost
                 if time.monotonic() - since > limit:
                     raise Unreadable(f"loader processes gave nothing for {limit:g} s; see whether the videos' disk "
                                      f"is well") from e
@@ -173,7 +184,7 @@ class Loader:
                 f"of {each / 1e6:.0f} MB ready{f' (--workers {fit} would fit)' if fit else ''}")
 
     def __iter__(self):
-        done = ends = silences = 0
+        done = ends = 0
         while True:
             self.clips.opened = torch.zeros(self.workers, 2, dtype=torch.int64)
             try:
@@ -181,20 +192,14 @@ class Loader:
                     self.clips.opened.share_memory_()
                 for item in self._items(*self._dataloader(done)):
                     yield item
-                    done, ends, silences = done + 1, 0, 0
+                    done, ends = done + 1, 0
                 return
-            except Unreadable:
-                silences += 1
-                if silences > 1:  # new processes are silent, too: it is not one that got stuck
-                    raise
             except RuntimeError as e:
                 ends += 1
                 self._explain(e, ends)
 
     def _explain(self, error, ends):
         """Leave word of the videos that ended their processes, `ends` times in a row, or raise what it was instead."""
-        if str(error) == LOST and ends <= self.MAX_RESTARTS:
-            return
         processes = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
         if not processes or ends > self.MAX_RESTARTS:
             if "shared memory" in str(error):  # torch's words, in the last line of a process's traceback

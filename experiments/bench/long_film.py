@@ -1,6 +1,6 @@
 """What an hour of film costs: to cut it into segments, and to train on them. A table, not a ratio to a baseline.
 
-    python -m experiments.bench.long_film                         # 1 and 60 minutes; 13 minutes of two cores
+    python -m experiments.bench.long_film                         # 1 and 60 minutes; takes two cores 20 minutes
     python -m experiments.bench.long_film --minutes 1 10 --keep DIR
 
 Generated H.264, 320 x 180 at 25 frames a second, through `flow.py --segment 10 --rgb` with DIS flow (TV-L1's own time
