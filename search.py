@@ -33,7 +33,7 @@ import torch.distributed as dist
 from data import SPREAD
 from model import VIEWS
 from support import approximate
-from support.cli import Help, command_line, say
+from support.cli import Subcommand, command_line, say
 from support.collection_index import (
     bring_up_to_date,
     check_weights,
@@ -274,8 +274,8 @@ def above_zero(kind):
 
 def arguments(argv=None):
     p = argparse.ArgumentParser(prog="search.py", description="Search and group a collection of one's own films.")
-    commands = p.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("index", help="features of every film, new and changed ones only", formatter_class=Help)
+    commands = p.add_subparsers(dest="command", required=True, parser_class=Subcommand)
+    c = commands.add_parser("index", help="features of every film, new and changed ones only")
     c.add_argument("--checkpoint", nargs="+", required=True, metavar="[rgb=|flow=]FILE", help=CHECKPOINT)
     c.add_argument("--videos", required=True, help="folder of films, searched with all below it")
     c.add_argument("--flow", help="flow store of flow.py; without it RGB alone")
@@ -287,16 +287,16 @@ def arguments(argv=None):
     for name in ("frames", "stride", "size"):
         c.add_argument(f"--{name}", type=above_zero(int), help="of a clip (default: as trained)")
     c.add_argument("--workers", type=int, default=2, help="loader processes")
-    q = commands.add_parser("query", help="the nearest of a film", formatter_class=Help)
+    q = commands.add_parser("query", help="the nearest of a film")
     q.add_argument("video", help="a film; it need not be in the index")
     q.add_argument("--k", type=above_zero(int), default=10, help="how many")
     q.add_argument("--checkpoint", nargs="+", metavar="[rgb=|flow=]FILE",
                    help="the index's weights, where they have moved (default: from where it was made)")
     q.add_argument("--engine", choices=("exact", "faiss"), default="exact",
                    help="faiss: approximate, for 10^5 films and more, where it is installed; its index is kept")
-    g = commands.add_parser("groups", help="k-means, each group with its most typical films", formatter_class=Help)
+    g = commands.add_parser("groups", help="k-means, each group with its most typical films")
     g.add_argument("--num", type=above_zero(int), required=True, help="how many groups")
-    w = commands.add_parser("page", help="a page that plays the films, without a server", formatter_class=Help)
+    w = commands.add_parser("page", help="a page that plays the films, without a server")
     w.add_argument("--out", required=True, help="folder of the page: OUT/index.html")
     w.add_argument("--num", type=above_zero(int), help="groups (default: the root of half the films)")
     for sub in (q, g, w):

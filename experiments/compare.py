@@ -31,7 +31,7 @@ from types import SimpleNamespace
 from scipy.stats import ttest_rel
 
 from experiments.tables import Driver, check_comparable, load
-from support.cli import Help, command_line
+from support.cli import Subcommand, command_line
 from support.errors import BadInput
 from support.files import check_writable
 
@@ -211,16 +211,16 @@ def draw(args):
 
 def main(argv=None):
     p = argparse.ArgumentParser(prog="python -m experiments.compare", description="Settings compared over seeds.")
-    commands = p.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("run", help="pre-train and evaluate every setting on every seed", formatter_class=Help)
+    commands = p.add_subparsers(dest="command", required=True, parser_class=Subcommand)
+    c = commands.add_parser("run", help="pre-train and evaluate every setting on every seed")
     c.add_argument("experiment", help="JSON file of the experiment; results go beside it")
     c.add_argument("--work", required=True, help="folder for the runs' checkpoints")
     c.set_defaults(call=run)
-    c = commands.add_parser("show", help="mean, deviation and paired tests", formatter_class=Help)
+    c = commands.add_parser("show", help="mean, deviation and paired tests")
     c.add_argument("experiment", help="JSON file of the experiment")
     c.add_argument("--learned", type=float, default=30, help="R@1 above which a view has learned")
     c.set_defaults(call=show)
-    c = commands.add_parser("draw", help="seeds, means and effective rank as a picture", formatter_class=Help)
+    c = commands.add_parser("draw", help="seeds, means and effective rank as a picture")
     c.add_argument("experiment", help="JSON file of the experiment")
     c.add_argument("--out", required=True, help="picture to write")
     c.set_defaults(call=draw)

@@ -17,7 +17,6 @@ classifier, or the nearest neighbour, says. Of a result of several splits the fi
 """
 
 import argparse
-import functools
 from pathlib import Path
 
 import matplotlib
@@ -28,7 +27,7 @@ from experiments import method
 from experiments.paper import LAMBDA_GRID, LAMBDAS, TABLES
 from experiments.result_files import confusion_table, curve, load_retrieval, of_split, one_query_a_class, read_log
 from experiments.tables import check_comparable, collect, ours
-from support.cli import Help, command_line
+from support.cli import Subcommand, command_line
 from support.errors import BadInput
 from support.features import view_matrix
 from support.files import atomic, check_writable, load_arrays
@@ -272,15 +271,14 @@ def confusion(args):
 def main(argv=None):
     p = argparse.ArgumentParser(prog="python -m experiments.figures",
                                 description="Draw figures from the files that the stages wrote.")
-    commands = p.add_subparsers(dest="command", required=True)
-    of = functools.partial(commands.add_parser, formatter_class=Help)
-    c = of("prototypes", help="Fig. 3")
+    commands = p.add_subparsers(dest="command", required=True, parser_class=Subcommand)
+    c = commands.add_parser("prototypes", help="Fig. 3")
     c.add_argument("--prototypes", required=True, help="file of prototypes.py")
     c.set_defaults(draw=prototypes)
-    c = of("training", help="curves of log.jsonl")
+    c = commands.add_parser("training", help="curves of log.jsonl")
     c.add_argument("--run", action="append", required=True, help="folder of a run; may be repeated")
     c.set_defaults(draw=training)
-    c = of("retrieval", help="Fig. 4")
+    c = commands.add_parser("retrieval", help="Fig. 4")
     c.add_argument("--json", required=True, help="result of evaluate.py retrieval")
     c.add_argument("--versus", help="another network's result on the same queries")
     c.add_argument("--view", default="rgb", choices=("rgb", "flow", "rgb+flow"))
@@ -288,22 +286,22 @@ def main(argv=None):
     c.add_argument("--neighbours", type=int, default=5, help="of each query")
     c.add_argument("--seed", type=int, default=0, help="of the choice of queries")
     c.set_defaults(draw=retrieval)
-    c = of("lambda", help="Table 2 as heat maps")
+    c = commands.add_parser("lambda", help="Table 2 as heat maps")
     c.add_argument("--results", required=True, help="folder that experiments.tables run filled")
     c.add_argument("--on", default="ucf101", help="data set of the evaluation")
     c.set_defaults(draw=lambdas)
-    c = of("features", help="t-SNE of features by class")
+    c = commands.add_parser("features", help="t-SNE of features by class")
     c.add_argument("--features", required=True, help="file that evaluate.py features wrote")
     c.add_argument("--versus", help="another such file")
     c.add_argument("--view", default="rgb", choices=("rgb", "flow", "rgb+flow"))
     c.add_argument("--classes", type=int, default=10, help="those with most videos")
     c.set_defaults(draw=features)
-    c = of("confusion", help="confusion matrix")
+    c = commands.add_parser("confusion", help="confusion matrix")
     c.add_argument("--json", required=True, help="result of evaluate.py retrieval, linear or finetune")
     c.add_argument("--versus", help="another such result")
     c.add_argument("--view", default="rgb", choices=("rgb", "flow", "rgb+flow"))
     c.set_defaults(draw=confusion)
-    c = of("method", help="Fig. 2, in our own hand")
+    c = commands.add_parser("method", help="Fig. 2, in our own hand")
     c.set_defaults(draw=lambda args: save(method.draw(), args.out))
     for name in ("retrieval", "confusion"):
         commands.choices[name].add_argument("--split", type=int, help="of a result on several (default: the first)")

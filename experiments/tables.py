@@ -32,7 +32,7 @@ import numpy as np
 
 import model
 from experiments.paper import LAMBDAS, TABLES, lambda_run
-from support.cli import Help, command_line
+from support.cli import Subcommand, command_line
 from support.errors import BadInput
 from support.files import atomic, check_folder, check_writable, save_arrays
 
@@ -331,8 +331,8 @@ def show(args):
 def main(argv=None):
     p = argparse.ArgumentParser(prog="python -m experiments.tables",
                                 description="The tables of the paper, theirs beside ours.")
-    commands = p.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("run", help="pre-train and evaluate what tables need", formatter_class=Help)
+    commands = p.add_subparsers(dest="command", required=True, parser_class=Subcommand)
+    c = commands.add_parser("run", help="pre-train and evaluate what tables need")
     c.add_argument("--table", type=int, nargs="+", choices=TABLES, required=True)
     c.add_argument("--results", required=True, help="folder to fill")
     c.add_argument("--sets", required=True, help="JSON file of the data sets")
@@ -345,8 +345,7 @@ def main(argv=None):
     c.add_argument("--pretrain-flags", default="", help="for pretrain.py, in one string")
     c.add_argument("--evaluate-flags", default="", help="for evaluate.py, in one string")
     c.set_defaults(call=run)
-    c = commands.add_parser("show", help="tables of the paper, or R@k of several result files",
-                            formatter_class=Help)
+    c = commands.add_parser("show", help="tables of the paper, or R@k of several result files")
     c.add_argument("files", nargs="*", help="results of: python evaluate.py retrieval --json FILE")
     c.add_argument("--k", type=int, nargs="+", default=[1, 5], help="of result files")
     c.add_argument("--table", type=int, nargs="+", choices=TABLES)

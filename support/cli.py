@@ -75,6 +75,19 @@ class Help(argparse.HelpFormatter):
         super().add_argument(action)
 
 
+class Subcommand(argparse.ArgumentParser):
+    """The parser of a subcommand: what it doesn't know is an error with its own usage, not the whole command's."""
+
+    def __init__(self, **settings):
+        super().__init__(**{"formatter_class": Help, **settings})
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+
 def _mute():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end goes there too
 

@@ -4,7 +4,7 @@ import argparse
 
 import model
 from support.classifiers import FINETUNE, LINEAR
-from support.cli import Help
+from support.cli import Subcommand
 from support.datasets import DATASETS
 
 VIEWS = (*model.VIEWS, "rgb+flow")
@@ -15,9 +15,9 @@ ABOUT = {"features": "extract and keep features", "retrieval": "R@k of nearest n
 
 def parser():
     p = argparse.ArgumentParser(prog="evaluate.py", description="Evaluate a representation.")
-    commands = p.add_subparsers(dest="command", required=True)
+    commands = p.add_subparsers(dest="command", required=True, parser_class=Subcommand)
     for name, about in ABOUT.items():
-        c = commands.add_parser(name, help=about, formatter_class=Help)
+        c = commands.add_parser(name, help=about)
         input_flags(c, name)
         protocol_flags(c, name)
         if name in ("linear", "finetune"):

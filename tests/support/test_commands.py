@@ -10,8 +10,9 @@ import flow
 import pretrain
 import prototypes
 import search
-from experiments import figures, scaling, tables, walkers
+from experiments import compare, figures, scaling, tables, walkers
 from experiments.bench import __main__ as bench
+from experiments.bench import long_film
 from experiments.bench import prototypes as bench_prototypes
 from experiments.report import __main__ as report
 from support.errors import BadInput
@@ -20,7 +21,7 @@ from support.video_index import main
 COMMANDS = {"pretrain.py": pretrain.arguments, "evaluate.py": evaluate.arguments, "search.py": search.arguments,
             "flow.py": flow.main, "prototypes.py": prototypes.main, "python -m support.video_index": main,
             **{f"python -m {m.__name__.removesuffix('.__main__')}": m.main for m in (
-                bench, bench_prototypes, figures, report, scaling, tables, walkers)}}
+                bench, bench_prototypes, compare, figures, long_film, report, scaling, tables, walkers)}}
 
 
 def said(name, capsys, monkeypatch, *more):
@@ -41,6 +42,18 @@ def test_help_names_the_command_and_no_empty_default(name, capsys, monkeypatch):
         out += said(name, capsys, monkeypatch, sub)
         assert f"usage: {name} {sub} " in out
     assert not re.search(r"default:? ?(None|\)|\[|$)", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "argv"), [
+    ("search.py", ["query", "film.mp4", "--index", "films.npz"]), ("evaluate.py", ["export", "--checkpoint", "run"]),
+    ("evaluate.py", ["cluster", "--weights", "w.pt"]), ("python -m experiments.compare", ["show", "e.json"]),
+    ("python -m experiments.tables", ["show"]), ("python -m experiments.figures", ["method"])])
+def test_what_a_subcommand_does_not_know_is_said_with_its_own_usage(name, argv, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [name, *argv, "--out", "x", "--colour", "red"])
+    with pytest.raises(SystemExit) as e:
+        COMMANDS[name]()
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith(f"usage: {name} {argv[0]} ") and "--colour" in err
 
 
 @pytest.mark.parametrize(("name", "sub", "lines"), [
