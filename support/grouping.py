@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import adjusted_rand_score, silhouette_score
 
 from support.kmeans import kmeans
 
@@ -23,6 +22,8 @@ class Groups(NamedTuple):
 
 def make_groups(x, num, seed=0):
     """Group unit rows x [n, D] -> Groups: the best of STARTS runs of k-means, and how far it can be trusted."""
+    from sklearn.metrics import adjusted_rand_score, silhouette_score  # here: its import takes a second
+
     runs, inertia = kmeans(x, num, STARTS, seed)
     labels = runs[inertia.argmin()]
     others = [adjusted_rand_score(labels, other) for i, other in enumerate(runs) if i != int(inertia.argmin())]

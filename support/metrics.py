@@ -8,8 +8,6 @@ import math
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
-from sklearn.metrics import f1_score, normalized_mutual_info_score
 
 KS = (1, 5, 10, 20, 50)
 TILE = 1024, 4096  # queries and gallery rows whose similarities are held at a time: 16 MiB in float32
@@ -67,6 +65,9 @@ def cluster_scores(labels, truth, k):
     may name one cluster only (Hungarian). NMI: over the arithmetic mean of both entropies. F1: mean over classes;
     "F1 weighted": by their members.
     """
+    from scipy.optimize import linear_sum_assignment  # here: a second of start that other commands don't need
+    from sklearn.metrics import f1_score, normalized_mutual_info_score
+
     truth, scores = truth.cpu().numpy(), []
     for run in labels.cpu().numpy():
         table = np.zeros((k, truth.max() + 1), np.int64)  # [cluster, class]: members

@@ -1,7 +1,6 @@
 """Features in two dimensions, for a map: t-SNE, or the two principal components where films are few or very many."""
 
 import numpy as np
-from sklearn.manifold import TSNE
 
 MOST = 5000  # films that t-SNE takes, about 45 s of one core; more get principal components
 FEWEST = 10
@@ -25,6 +24,8 @@ def flat_map(features, seed=0):
     spread = np.ptp(x, axis=0).max(initial=0)
     method = "t-SNE" if FEWEST <= len(x) <= MOST and spread > 1e-6 else "PCA"
     if method == "t-SNE":
+        from sklearn.manifold import TSNE  # here: its import takes a second
+
         x = TSNE(init="pca", perplexity=min(30, (len(x) - 1) / 3), random_state=seed).fit_transform(x)
     x = x[:, :2]
     middle, size = (x.min(0) + x.max(0)) / 2, max(np.ptp(x, axis=0).max(), 1e-6)

@@ -105,3 +105,12 @@ def test_the_map_of_support_names_every_file():
     text = ast.get_docstring(ast.parse((ROOT / "support" / "__init__.py").read_text()))
     for path in Path(ROOT / "support").glob("*.py"):
         assert path.name == "__init__.py" or f"{path.stem}" in text.split(), path.name
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "experiments" not in p.parts], ids=module)
+def test_scikit_learn_is_imported_where_it_is_used(path):
+    """It takes a second, which most commands would start later for nothing."""
+    for node in TREES[module(path)].body:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        assert not any(n.split(".")[0] in ("sklearn", "scipy", "matplotlib") for n in names), node.lineno
