@@ -53,6 +53,9 @@ def imports(tree):
     return found, aliases
 
 
+TAKEN = {name: {taken for _, taken, _ in imports(tree)[0]} for name, tree in TREES.items()}  # of other files of ours
+
+
 def passed_on(tree):
     """Names of ours that a file takes from another that does not write them -> ["line: module.name", ...]."""
     found, aliases = imports(tree)
@@ -60,7 +63,7 @@ def passed_on(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
             m = aliases[node.value.id]
-            if node.attr in {name for _, name, _ in imports(TREES[m])[0]} - DEFINED[m]:
+            if node.attr in TAKEN[m] - DEFINED[m]:
                 wrong.append(f"{node.lineno}: {node.value.id}.{node.attr}")
     return wrong
 
