@@ -42,12 +42,12 @@ demo: $(VENV)/installed
 	@$(BIN)/python evaluate.py retrieval --checkpoint none $(SET) $(NET) --seed $(SEED) --json $(DEMO)/untrained.json
 	@echo "=== 6/8 pre-training with the guided loss"
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 pretrain.py @presets/cpu --batch-size 16 \
-	    --sync-batch-norm none --epochs 24 --log-every 25 --seed $(SEED) $(SET) \
+	    --sync-batch-norm none --epochs 36 --log-every 25 --seed $(SEED) $(SET) \
 	    --prototypes $(DEMO)/prototypes.npz --out $(DEMO)/goca
 	@echo "=== 7/8 what GOCA retrieves"
 	@$(BIN)/python evaluate.py retrieval --checkpoint $(DEMO)/goca $(SET) --json $(DEMO)/goca.json
 	@echo "=== 8/8 a page of all that, and what it means"
-	@$(BIN)/python -m experiments.report $(DEMO)/goca --json $(DEMO)/untrained.json results/guiding/sep/seed21.json \
+	@$(BIN)/python -m experiments.report $(DEMO)/goca --json $(DEMO)/untrained.json results/guiding_36/sep/seed31.json \
 	    $(DEMO)/goca.json --out $(DEMO)
 	@echo
 	@$(BIN)/python -m experiments.demo $(DEMO)

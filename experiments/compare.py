@@ -1,8 +1,8 @@
 """Settings of pre-training compared over seeds: a result is a distribution.
 
-    python -m experiments.compare run  results/guiding/experiment.json --work runs/guiding
-    python -m experiments.compare show results/guiding/experiment.json
-    python -m experiments.compare draw results/guiding/experiment.json --out docs/guiding.png
+    python -m experiments.compare run  results/guiding_36/experiment.json --work runs/guiding_36
+    python -m experiments.compare show results/guiding_36/experiment.json
+    python -m experiments.compare draw results/guiding_36/experiment.json --out docs/guiding.png
 
 In   an experiment, a JSON file:
      {"set": {"dataset": ..., "videos": ..., "splits": ..., "flow": ...}, "prototypes": FILE, "processes": 2,
