@@ -26,6 +26,7 @@ build: $(VENV)/installed
 # Films, flow, prototypes, pre-training, retrieval, a page: every stage by its own command. Interrupted, it goes on.
 # make demo SEED=7 DEMO=demo7 runs another seed into another folder.
 SEED ?= 0
+EPOCHS ?= 36
 SET = --dataset ucf101 --videos $(DEMO)/films/videos --splits $(DEMO)/films/splits --flow $(DEMO)/flow
 NET = --arch r2plus1d18 --width 0.125 --frames 8 --stride 2 --size 32
 demo: $(VENV)/installed
@@ -42,7 +43,7 @@ demo: $(VENV)/installed
 	@$(BIN)/python evaluate.py retrieval --checkpoint none $(SET) $(NET) --seed $(SEED) --json $(DEMO)/untrained.json
 	@echo "=== 6/8 pre-training with the guided loss"
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 pretrain.py @presets/cpu --batch-size 16 \
-	    --sync-batch-norm none --epochs 36 --log-every 25 --seed $(SEED) $(SET) \
+	    --sync-batch-norm none --epochs $(EPOCHS) --log-every 25 --seed $(SEED) $(SET) \
 	    --prototypes $(DEMO)/prototypes.npz --out $(DEMO)/goca
 	@echo "=== 7/8 what GOCA retrieves"
 	@$(BIN)/python evaluate.py retrieval --checkpoint $(DEMO)/goca $(SET) --json $(DEMO)/goca.json

@@ -188,7 +188,7 @@ def draw(args):
     x = read_experiment(args.experiment)
     found = collect(x)
     views = [v for v in VIEWS if any(v in r for seeds in found.values() for r in seeds.values())]
-    figure, axes = plt.subplots(1, 3, figsize=(9.5, 3.2), layout="constrained", width_ratios=(1.4, 1, 1))
+    figure, axes = plt.subplots(1, 3, figsize=(8.8, 2.95), layout="constrained", width_ratios=(1.4, 1, 1))
     for k, (name, seeds) in enumerate(found.items()):
         colour, at = COLOURS[k % len(COLOURS)], [v + 0.22 * (k - (len(found) - 1) / 2) for v in range(len(views))]
         for place, view in zip(at, views, strict=True):
