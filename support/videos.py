@@ -7,6 +7,7 @@ changes of size, comes from PyAV too (support/streams.py).
 
 import os
 import threading
+import time
 from collections import Counter, defaultdict
 from contextlib import suppress
 from fractions import Fraction
@@ -233,10 +234,15 @@ def with_time_limit(seconds, path, function, *args):
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(seconds)
+    if not done:
+        raise BadInput(f"{path} gave nothing for {seconds:g} s; see whether its disk is well")
+    # `join` returns while OpenCV still clears what it kept for the thread, under a lock that a process forked meanwhile
+    # would wait for for ever. So it returns only when the system has ended the thread, too.
+    end = time.monotonic() + 1
+    while os.path.exists(f"/proc/self/task/{thread.native_id}") and time.monotonic() < end:
+        time.sleep(1e-5)
     if "error" in done:
         raise done["error"]
-    if "value" not in done:
-        raise BadInput(f"{path} gave nothing for {seconds:g} s; see whether its disk is well")
     return done["value"]
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -62,6 +63,18 @@ def test_a_stall_is_given_up_and_errors_pass_through():
         with_time_limit(0.05, "x", time.sleep, 2)
     with pytest.raises(ZeroDivisionError):
         with_time_limit(5, "x", lambda: 1 / 0)
+
+
+def test_a_reader_s_thread_is_gone_when_its_value_is_there(tmp_path):
+    """While it ends, OpenCV holds a lock, for which a process forked by then would wait for ever."""
+    path = str(film(tmp_path / "a.avi"))
+
+    def read():
+        assert cv2.VideoCapture(path).read()[0]
+        return threading.get_native_id()
+
+    for _ in range(200):
+        assert not os.path.exists(f"/proc/self/task/{with_time_limit(5, path, read)}")
 
 
 def test_a_video_that_stalls_in_training_is_replaced(folder, tmp_path, monkeypatch):
