@@ -3,7 +3,7 @@
 `pip install --no-build-isolation .` builds it into an environment, with goca.py and tvl1.py (pyproject.toml).
 
 The CPU kernels always; the CUDA kernels where torch is a CUDA build and nvcc is found, for the cards present or for
-TORCH_CUDA_ARCH_LIST. GOCA_CUDA=0 leaves them out, GOCA_CUDA=1 insists. About a minute and a half on 2 cores; without it
+TORCH_CUDA_ARCH_LIST. GOCA_CUDA=0 leaves them out, GOCA_CUDA=1 insists. About a minute on 2 cores; without it
 everything runs on the PyTorch reference. CXX picks another compiler; GOCA_CXXFLAGS adds flags for it, such as
 -fsanitize=address (then also in LDFLAGS).
 """
@@ -55,8 +55,9 @@ def choose_cuda():
 
 def extension(cuda):
     # -fopenmp for at::parallel_for, -fopenmp-simd for the loops; errno and traps would keep the compiler from vectors.
-    cxx = ["-O3", "-std=c++20", "-fopenmp", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-Wall",
-           "-Wno-psabi", "-Wno-unknown-pragmas", *os.environ.get("GOCA_CXXFLAGS", "").split()]
+    # Python's own flags may ask for symbols of a debugger: writing them, of torch's headers, took half of the build.
+    cxx = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
+           "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", *os.environ.get("GOCA_CXXFLAGS", "").split()]
     common = dict(name="_goca", include_dirs=[os.path.join(ROOT, "csrc")],
                   depends=glob.glob("csrc/*.h") + glob.glob("csrc/*.cuh"))
     sources = ["csrc/bindings.cpp", "csrc/cpu_assign.cpp", "csrc/cpu_loss.cpp", "csrc/tvl1.cpp", "csrc/tvl1_cpu.cpp"]

@@ -1,7 +1,8 @@
 // torch.ops.goca.tvl1_flow: schema, checks, allocation. tvl1.py checks what users hand over, in its own words.
 #include "tvl1.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>  // ATen.h, with every operator, takes the compiler twice as long
 #include <torch/library.h>
 
 #include <algorithm>
