@@ -100,8 +100,8 @@ def test_finetuning_changes_the_backbone_and_continues_with_the_same_numbers(tin
     more = ["--checkpoint", run, *TRAIN]
     whole = result(tiny, tmp_path, "finetune", *more, "--out", str(tmp_path / "a"))
     one = load_checkpoint(tmp_path / "a" / "finetune-split1-rgb+flow.pt")
-    assert not torch.equal(one["model"]["backbones.rgb.net.layers.0.0.0.weight"],
-                           load_checkpoint(run)["model"]["backbones.rgb.net.layers.0.0.0.weight"])
+    assert not torch.equal(one["model"]["backbones.rgb.net.layers.0.0.weight"],
+                           load_checkpoint(run)["model"]["backbones.rgb.net.layers.0.0.weight"])
     augment, steps = data.augment, []
 
     def signalled(*args):

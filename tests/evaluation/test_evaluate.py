@@ -41,7 +41,7 @@ def test_features_are_the_mean_of_the_views(tiny, protocol, stride):
     found = found._replace(videos=found.videos[:3])
     f = features.load_or_extract(net, found, store, s, torch.device("cpu"), "x")
     assert len(f.videos) == 3 and f.left_out == []
-    clips = data.TestClips(found.videos, store, protocol=protocol, frames=8, size=32, stride=stride)[1]
+    clips = data.TestClips(found.videos, store, protocol=protocol, frames=4, size=16, stride=stride)[1]
     with torch.no_grad():
         each = net.features("flow", data.normalise_flow(clips["flow"]))
     if protocol == "goca":
@@ -99,7 +99,7 @@ def test_the_file_of_features_is_checked(tiny, tmp_path):
     assert command(tiny, "features", *more) == 0
     path = next((tmp_path / "f").glob("*train*"))
     header, arrays = load_arrays(path, "features", "x")
-    assert arrays["rgb"].shape == (20, 128) and len(arrays["names"]) == len(arrays["labels"]) == 20
+    assert arrays["rgb"].shape == (20, 64) and len(arrays["names"]) == len(arrays["labels"]) == 20
     save_arrays(path, "features", {**header, "key": "0" * 16}, **arrays)
     with pytest.raises(BadInput, match="features of another checkpoint"):
         command(tiny, "retrieval", *more)
@@ -161,7 +161,7 @@ def test_retrieval_end_to_end(tiny, tmp_path, protocol, capsys):
         assert [c["R@1"] for c in out["per_class"][view].values()] == [
             100 * right[query == i].mean() for i in range(10)]
     said = capsys.readouterr().out
-    assert "R@1" in said and {"goca": "8 frames x 10 clips", "coclr": "a window every 15"}[protocol] in said
+    assert "R@1" in said and {"goca": "4 frames x 10 clips", "coclr": "a window every 15"}[protocol] in said
     assert all(f"{name:>24}" in said for name in out["classes"])
 
 
@@ -301,7 +301,7 @@ def test_bad_input_gets_a_sentence(tiny, tmp_path):
         "none of the 20 split1-train videos can be read; the first: .* has no flow": ["--checkpoint", "none", "--flow",
                                                                                       str(bare)],
         "doesn't exist; pretrain.py writes it": ["--checkpoint", str(tmp_path / "x.pt")],
-        "trained with --arch s3d, not r2plus1d18": ["--checkpoint", str(tmp_path), "--arch", "r2plus1d18"],
+        "trained with --arch r2plus1d18, not s3d": ["--checkpoint", str(tmp_path), "--arch", "s3d"],
         "other settings than the checkpoint's .*short_side: 1 in training": ["--checkpoint", str(tmp_path)],
         "is no flow store": ["--checkpoint", "none", "--flow", str(tmp_path)],
         "so there is nothing to test on": ["--checkpoint", "none", "--dataset", "folder"],
@@ -309,7 +309,7 @@ def test_bad_input_gets_a_sentence(tiny, tmp_path):
         "lacks trainlist03.txt": ["--checkpoint", "none", "--split", "3"],
         "names a split twice": ["--checkpoint", "none", "--split", "1", "1"],
         "clips of 4 frames and 64 px are too small for s3d.*raise --frames": [
-            "--checkpoint", "none", "--frames", "4", "--size", "64"],
+            "--checkpoint", "none", "--arch", "s3d", "--frames", "4", "--size", "64"],
         "--batch-views 0: must be above 0": ["--checkpoint", "none", "--batch-views", "0"],
     }.items():
         with pytest.raises(BadInput, match=words):

@@ -66,7 +66,7 @@ def test_whatever_decides_the_features_makes_them_anew(tiny, tmp_path, extracted
 
 
 @pytest.mark.parametrize(("flag", "value", "trained"), [("--width", "0.25", "0.125"), ("--pool", "1x2x2", "avg"),
-                                                        ("--arch", "r2plus1d18", "s3d")])
+                                                        ("--arch", "s3d", "r2plus1d18")])
 def test_a_flag_that_says_another_network_than_the_checkpoint_s_is_refused(tiny, tmp_path, flag, value, trained):
     run = checkpoint(tmp_path)
     with pytest.raises(BadInput, match=f"was trained with {flag} {trained}, not {value}; leave the flag out"):

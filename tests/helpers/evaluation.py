@@ -9,7 +9,7 @@ import evaluate
 import model
 from support.checkpoints import save_checkpoint
 
-UNTRAINED = ["--checkpoint", "none", "--arch", "s3d", "--width", "0.125", "--frames", "8", "--size", "32"]
+UNTRAINED = ["--checkpoint", "none", "--arch", "r2plus1d18", "--width", "0.125", "--frames", "4", "--size", "16"]
 
 
 def command(tiny, name, *more):
@@ -22,8 +22,8 @@ def result(tiny, tmp_path, name, *more):
 
 
 def checkpoint(path, seed=0, **settings):
-    settings = {"arch": "s3d", "width": 0.125, "hidden": 8, "pool": "avg", "method": "goca", "seed": seed, "frames": 8,
-                "size": 32, "stride": 1, "flow_header": None, **settings}
+    settings = {"arch": "r2plus1d18", "width": 0.125, "hidden": 8, "pool": "avg", "method": "goca", "seed": seed,
+                "frames": 4, "size": 16, "stride": 1, "flow_header": None, **settings}
     net = model.two_view(settings, torch.eye(4))
     save_checkpoint(path / "checkpoint.pt", {"settings": settings, "step": 1, "model": net.state_dict()})
     return str(path)

@@ -47,9 +47,10 @@ def fake_clips(m):
     return [{"rgb": torch.randn(m, v, 3, 8, 32, 32), "flow": torch.randn(m, v, 2, 8, 32, 32)} for v in (2, 1)]
 
 
-SMALL = ["--width", "0.125", "--hidden", "16", "--frames", "8", "--short-frames", "8", "--short-crops", "1",
-         "--size", "32", "--batch-size", "10", "--epochs", "2", "--warmup-epochs", "1", "--log-every", "1",
-         "--workers", "0"]
+SMALL = ["--arch", "r2plus1d18", "--width", "0.125", "--hidden", "16", "--frames", "4", "--short-frames", "4",
+         "--short-crops", "1", "--size", "16", "--batch-size", "10", "--epochs", "2", "--warmup-epochs", "1",
+         "--log-every", "1", "--workers", "0"]
+S3D = ["--arch", "s3d", "--frames", "8", "--short-frames", "8", "--size", "32"]  # the smallest clips that it takes
 
 
 def run(tiny, out, *more):
