@@ -7,8 +7,6 @@ from fractions import Fraction
 import av
 
 UNKNOWN_RATE = 25  # frames a second where a stream says nothing
-# whose streams may be joined with others of another size; the other codecs' containers fix the size
-RESIZABLE = {"h264", "hevc", "vvc", "mpeg1video", "mpeg2video", "vp8", "vp9", "av1"}
 
 
 @contextmanager
@@ -44,7 +42,7 @@ def size_change(path):
     Only key frames are decoded: a size begins with one.
     """
     with open_stream(path) as (container, stream):
-        if stream is None or stream.codec_context.codec.canonical_name not in RESIZABLE:
+        if stream is None:
             return None
         stream.codec_context.skip_frame = "NONKEY"
         first = None

@@ -11,6 +11,7 @@ import time
 from collections import Counter, defaultdict
 from contextlib import suppress
 from fractions import Fraction
+from functools import cache
 
 import cv2
 
@@ -56,6 +57,20 @@ def _open_decoder(path):
         cv2.utils.logging.setLogLevel(level)
 
 
+@cache
+def _size_change(path, stat):
+    """`streams.size_change`, looked up once a process and film."""
+    return streams.size_change(path)
+
+
+def _refuse_size_change(path):
+    """Raise BadInput for a film whose frames change their size: OpenCV would squeeze all into the first one's."""
+    if change := _size_change(_plain(path), file_stat(path)):
+        (w, h), (w_then, h_then), second = change
+        raise BadInput(f"{path} changes its size from {w}x{h} to {w_then}x{h_then} after {second:.2f} s; cut it there "
+                       f"into two videos")
+
+
 def decode(path, fps=0):
     """Yield the frames of a video in one sequential pass, uint8 [H, W, 3], BGR as OpenCV gives them.
 
@@ -65,10 +80,7 @@ def decode(path, fps=0):
     """
     if not os.path.isdir(path):
         video, n = _open_decoder(path), 0
-        if change := streams.size_change(_plain(path)):  # OpenCV would squeeze all frames into the first one's size
-            (w, h), (w_then, h_then), second = change
-            raise BadInput(f"{path} changes its size from {w}x{h} to {w_then}x{h_then} after {second:.2f} s; cut it "
-                           f"there into two videos")
+        _refuse_size_change(path)
     if fps:
         stored = frames_at_rate(path, fps)
         yield from (frame for _, frame in _on_screen(path, range(len(stored)), stored))
@@ -99,6 +111,8 @@ class FilmReader:
     def __init__(self, path, frames=None):
         self.path, self.frames, self.position = path, frames, 0
         self.video = None if os.path.isdir(path) else _open_decoder(path)
+        if self.video is not None:
+            _refuse_size_change(path)
         # whether to look for key frames
         self.seeks = self.video is not None and int(self.video.get(cv2.CAP_PROP_FOURCC)) in seeking.FOURCC
 
@@ -235,7 +249,8 @@ def with_time_limit(seconds, path, function, *args):
     thread.start()
     thread.join(seconds)
     if not done:
-        raise BadInput(f"{path} gave nothing for {seconds:g} s; see whether its disk is well")
+        raise BadInput(f"{path} gave nothing for {seconds:g} s; see whether its disk is well, and cut a film of hours "
+                       f"by flow.py --segment")
     # `join` returns while OpenCV still clears what it kept for the thread, under a lock that a process forked meanwhile
     # would wait for for ever. So it returns only when the system has ended the thread, too.
     end = time.monotonic() + 1

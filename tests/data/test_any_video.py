@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from helpers.clips import film, numbered, values
-from helpers.containers import cut_by_copy, encode
+from helpers.containers import cut_by_copy, encode, joined
 from PIL import Image
 
 import data
@@ -23,6 +23,7 @@ from support.stores import FlowStore
 from support.video_index import scan
 from support.videos import (
     VIDEO_SUFFIXES,
+    FilmReader,
     cut_short,
     declared_frames,
     decode,
@@ -98,13 +99,17 @@ def test_a_folder_without_videos_names_what_it_holds(tmp_path):
 
 
 # --- size and cuts ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("codec", "form"), [("libx264", "mpegts"), ("mpeg2video", "mpegts")])
-def test_a_stream_that_changes_its_size_is_named(tmp_path, codec, form):
-    wide, high = encode(numbered(30, 48, 64), form, codec), encode(numbered(30, 64, 48), form, codec)
-    path = write(tmp_path / "joined.ts", wide + high)
-    with pytest.raises(BadInput, match=r"joined\.ts changes its size from 64x48 to 48x64 after"):
-        next(decode(path))
-    assert len(list(decode(write(tmp_path / "same.ts", wide + wide)))) == 60
+@pytest.mark.parametrize(("codec", "form", "more"), [
+    ("libx264", "mpegts", {}), ("mpeg2video", "mpegts", {}), ("mpeg4", "mpegts", {}), ("flv1", "flv", {}),
+    ("mjpeg", "matroska", {"pixels": "yuvj420p"}), ("mjpeg", "avi", {"pixels": "yuvj420p"})])
+def test_a_stream_that_changes_its_size_is_named(tmp_path, codec, form, more):
+    """However frames are asked for."""
+    wide, high = numbered(30, 48, 64), numbered(30, 64, 48)
+    path = write(tmp_path / "joined.ts", joined([wide, high], form, codec, **more))
+    for ask in (lambda: next(decode(path)), lambda: next(frames_at(path, [3])), lambda: FilmReader(path)):
+        with pytest.raises(BadInput, match=r"joined\.ts changes its size from 64x48 to 48x64 after"):
+            ask()
+    assert len(list(decode(write(tmp_path / "same.ts", joined([wide, wide], form, codec, **more))))) == 60
     index, _ = scan(tmp_path, tmp_path / "i.npz", workers=1)
     assert index.unusable() == {"joined"} and "changes its size" in index.entries["joined"][4]
 

@@ -174,5 +174,6 @@ def test_a_film_that_stalls_in_evaluation_is_a_fault(films, monkeypatch):
     monkeypatch.setattr("support.frames.frames_at",
                         lambda path, t, *more: time.sleep(9) if "b.avi" in str(path) else frames_at(path, t))
     clips = data.TestClips(found, FlowStore(films / "flow"), frames=4, size=16, time_limit=0.5)
-    assert clips[1] == {"index": 1, "fault": f"{found[1].path} gave nothing for 0.5 s; see whether its disk is well"}
+    assert clips[1] == {"index": 1, "fault": f"{found[1].path} gave nothing for 0.5 s; see whether its disk is well, "
+                        f"and cut a film of hours by flow.py --segment"}
     assert clips[0]["index"] == 0 and "fault" not in clips[0]

@@ -41,6 +41,29 @@ def encode(frames, form, codec="libx264", stamps=None, rate=25, gop=12, b_frames
     return file.getvalue()
 
 
+def joined(parts, form, codec, pixels="yuv420p"):
+    """Frames of several sizes, uint8 [H, W, 3] each list, in one stream -> a file's bytes."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=form) as container:
+        stream, at = None, 0
+        for frames in parts:
+            encoder = av.CodecContext.create(codec, "w")
+            encoder.height, encoder.width = frames[0].shape[:2]
+            encoder.pix_fmt, encoder.time_base, encoder.framerate = pixels, Fraction(1, 25), 25
+            if stream is None:
+                stream = container.add_stream(codec, rate=25)
+                stream.height, stream.width, stream.pix_fmt = encoder.height, encoder.width, pixels
+            for frame in (*frames, None):
+                picture = frame if frame is None else av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "bgr24")
+                if picture:
+                    picture.pts, picture.time_base = at, Fraction(1, 25)
+                    at += 1
+                for packet in encoder.encode(picture.reformat(format=pixels) if picture else None):
+                    packet.stream = stream
+                    container.mux(packet)
+    return file.getvalue()
+
+
 def cut_by_copy(source, path, first):
     """Cut `source` (MP4) at frame `first` without encoding: the frames from the last key frame on are in the file, and
     an edit list hides those before the cut."""
