@@ -101,6 +101,20 @@ def check_store(store, settings, s):
                    f"with the same")
 
 
+def check_rate(settings, rgb):
+    """Refuse frames at another rate (flow.py --fps) than a network was trained on, where RGB is read without flow.
+
+    rgb: the RgbStore that is read, or None: videos, whose frames are as stored. Of others' weights nothing is known.
+    """
+    trained = settings.get("rgb_fps", (settings.get("flow_header") or {}).get("fps", 0))
+    here = rgb.header.get("fps", 0) if rgb else 0
+    if trained != here and settings.keys() & {"rgb_fps", "flow_header"}:
+        said = {fps: f"at {fps:g} a second" if fps else "as stored" for fps in (trained, here)}
+        cure = f"give --rgb, a store of frames {said[trained]}" if trained else "leave --rgb out"
+        raise BadInput(f"the network was trained on frames {said[trained]} (flow.py --fps), and here they are "
+                       f"{said[here]}; {cure}")
+
+
 def view_features(net, protocol, clips):
     """Features of test views: {view: [B, C, T, S, S]} -> {view: [B, D]}, of unit length but under protocol "coclr"."""
     f = {view: net.features(view, c) for view, c in clips.items()}

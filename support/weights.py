@@ -30,7 +30,7 @@ from support.files import atomic
 
 KEPT = ("arch", "width", "pool", "frames", "size", "stride", "method", "dataset", "split", "epochs", "global_batch",
         "optimizer", "lr", "lambda1", "lambda2", "prior_sign", "guide_start", "lead", "lead_epochs",
-        "seed", "flow_header", "views")
+        "seed", "flow_header", "rgb_fps", "views")
 _ONE = {"0": "conv", "1": "bn"}
 _SPLIT = {"0.0": "conv1", "0.1": "bn1", "1.0": "conv2", "1.1": "bn2"}
 _MIXED = {**{f"branch0.{a}": f"branch0.0.{b}" for a, b in _ONE.items()},

@@ -8,7 +8,9 @@ import torch
 from helpers.evaluation import UNTRAINED, checkpoint
 
 import evaluate
+import flow
 import model
+import search
 from support import videos as videos_module
 from support.errors import BadInput
 from support.weights import export, load
@@ -47,6 +49,26 @@ def of_both(tiny, tmp_path_factory):
     numbers = {name: run(root, name, *common, *more) for name, more in (
         ("retrieval", []), ("cluster", ["--runs", "3"]), ("linear", ["--epochs", "3", "--batch-size", "10"]))}
     return numbers, root / "f"
+
+
+# --- frames at a rate ------------------------------------------------------------------------------------------------
+def test_rgb_alone_is_read_at_the_rate_of_training(tiny, tmp_path):
+    """Without flow, whose store says at which."""
+    for name, trained in (("flow", {"flow_header": {"fps": 6.0}}), ("rgb", {"rgb_fps": 6.0})):
+        (tmp_path / name).mkdir()
+        of = ["--checkpoint", checkpoint(tmp_path / name, **trained)]
+        with pytest.raises(BadInput, match=r"on frames at 6 a second .*here they are as stored; give --rgb, a store"):
+            run(tmp_path, "retrieval", *inputs(tiny, "rgb"), *of, "--views", "rgb")
+        with pytest.raises(BadInput, match="on frames at 6 a second"):
+            search.main(["index", *of, "--videos", str(tiny.videos), "--out", str(tmp_path / "i.npz")])
+    rgb = tmp_path / "store"
+    assert flow.main(["--videos", str(tiny.videos), "--out", str(tmp_path / "f"), "--rgb", str(rgb), "--fps", "6",
+                      "--method", "dis", "--short-side", "0", "--workers", "1"]) == 0
+    (tmp_path / "run").mkdir()
+    with pytest.raises(BadInput, match=r"on frames as stored .*here they are at 6 a second; leave --rgb out"):
+        run(tmp_path, "retrieval", *inputs(tiny, "rgb"), "--checkpoint", checkpoint(tmp_path / "run"), "--views", "rgb",
+            "--rgb", str(rgb))
+    assert run(tmp_path, "retrieval", *inputs(tiny, "rgb"), *of, "--views", "rgb", "--rgb", str(rgb))["results"]
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
