@@ -101,7 +101,7 @@ def query_parts(film=None, n=10**4, rounds=5, **smaller):
     with tempfile.TemporaryDirectory() as folder:
         film = film or real_or_generated(None, Path(folder))[0][0].path
         for _ in range(rounds + 1):
-            values, seconds = features_of(film, net, how, torch.device("cpu"), 32)
+            values, seconds, _ = features_of(film, net, how, torch.device("cpu"), 32)
             began = time.perf_counter()
             nearest(values["rgb"], rows, K)
             spent.append({**seconds, "search": time.perf_counter() - began})

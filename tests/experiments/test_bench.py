@@ -66,6 +66,16 @@ def test_prototypes_are_measured():
     assert m["construction"] == "simplex" and m["mean"] == m["max"] == pytest.approx(-1 / 7, abs=1e-4)
 
 
+def test_the_search_is_compared_with_faiss():
+    """Both indices for one query and a hundred: what they cost and find stands in the row."""
+    pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    rows = list(bench_search.search(torch.device("cpu"), None, sizes=(700,), dims=(16,)))
+    assert len(rows) == 4 and all(r["baseline_ms"] > 0 and r["ours_ms"] > 0 for r in rows)
+    assert [re.sub(r"[\d.]+", "#", r["case"]) for r in rows[:2]] == [
+        "# nearest of #, # x #; FAISS flat, built in # s, # MiB more",
+        "# nearest of #, # x #; FAISS IVF, # of # cells, recall #, built in # s, # MiB more"]
+
+
 def test_the_parts_of_a_query_are_timed(tiny, monkeypatch, capsys):
     """Of a film of one's own; each part is there, and the whole is their sum."""
     parts = bench_search.query_parts
