@@ -31,6 +31,12 @@ class RunLog(NamedTuple):
         return bool(self.steps) and self.steps[-1]["epoch"] > self.settings["epochs"] - 1e-6
 
 
+# what the first line of a log says of its run, and of its settings, that is shown
+START = {"command", "settings", "ln_n", "videos"}
+SETTINGS = {"method", "epochs", "dataset", "videos", "flow", "arch", "width", "frames", "size", "lambda1", "lambda2",
+            "batch_size", "lr", "optimizer", "seed"}
+
+
 def read_log(run):
     """RUN/log.jsonl, or such a file itself -> RunLog; of a run that has just begun it has no steps yet.
 
@@ -52,7 +58,9 @@ def read_log(run):
             if "loss" in line:
                 steps.append({**line, "step": int(line["step"]), "epoch": float(line["epoch"])})
             else:
-                line["settings"]["method"], line["settings"]["epochs"], line["command"]
+                for lacking in (*(SETTINGS - line["settings"].keys()), *(START - line.keys())):
+                    raise KeyError(lacking)
+                float(line["settings"]["epochs"]), float(line["ln_n"])
                 starts.append(line)
         except (ValueError, KeyError, TypeError) as e:
             raise BadInput(f"{path} is damaged, or no log of pretrain.py, at line {number} ({e}); pretrain.py mends "

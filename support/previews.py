@@ -1,7 +1,7 @@
 """Moving previews: eight frames of a film side by side in one small WebP, which a page plays as a loop.
 
 In   films, or pieces of them: (path, start, end) in seconds.
-Out  FOLDER/<piece>-<state of its file>-<width>x<height>-<milliseconds>.webp, 18 KB at most. The name says what the
+Out  FOLDER/<piece>-<state of its file>-<width>x<height>-<milliseconds>.webp, 11 KB at most. The name says what the
      page needs, so a preview is kept while its film is unchanged, and stays when the film is gone.
 
 The frames lie at most 0.15 s apart, round the middle of the piece: what moves is seen to move, at its own speed.
@@ -17,16 +17,16 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from support import frame_folders
 from support.errors import BadInput
 from support.files import atomic
+from support.flow_pipeline import declared_fps
 from support.videos import decode, file_stat, film_length, frames_at
 from support.worker_pool import cores, run_in_processes
 
 FRAMES = 8
 SPAN = 1.2  # seconds that a loop lasts at most
 LATEST = 120  # seconds: a longer film is shown as it is here, since decoding starts at its beginning
-LIMIT = 18_000  # bytes a preview
+LIMIT = 11_000  # bytes a preview: 1,000 films, with three views of 1024 dimensions, stay below 20 MB
 NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}-\d+x\d+-\d+\.webp")
 # longer side in px and quality: the first that stays within LIMIT
 SETTINGS = ((192, 60), (192, 45), (192, 30), (144, 30), (96, 20), (64, 10))
@@ -73,14 +73,6 @@ def _previews(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # One film
 # ---------------------------------------------------------------------------------------------------------------------
-def rate(path):
-    """Frames a second of a film as it declares them, else 25."""
-    fps = 0.0
-    if os.path.isfile(path):
-        fps = cv2.VideoCapture(os.fspath(path), cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FPS)
-    return fps if 0 < fps < 1000 else frame_folders.RATE
-
-
 def frame_numbers(first, last, fps):
     """Eight ascending frame numbers round the middle of first..last-1 and the seconds from one to the next."""
     last = max(last, first + 1)
@@ -90,8 +82,8 @@ def frame_numbers(first, last, fps):
     return numbers.astype(int).tolist(), step / fps
 
 
-def encode(frames):
-    """Frames uint8 [H, W, 3] of one size -> (WebP of all side by side, width, height of one), within LIMIT bytes."""
+def encode(frames, limit=LIMIT):
+    """Frames uint8 [H, W, 3] of one size -> (WebP of all side by side, width, height of one), within `limit` bytes."""
     h, w = frames[0].shape[:2]
     for side, quality in SETTINGS:
         scale = min(1, side / max(h, w))
@@ -100,14 +92,14 @@ def encode(frames):
         ok, data = cv2.imencode(".webp", small, [cv2.IMWRITE_WEBP_QUALITY, quality])
         if not ok:
             raise BadInput("this OpenCV writes no WebP; install opencv-contrib-python from PyPI")
-        if len(data) <= LIMIT:
+        if len(data) <= limit:
             break
     return data.tobytes(), *size
 
 
-def save_strip(folder, stem, frames, seconds):
+def save_strip(folder, stem, frames, seconds, limit=LIMIT):
     """Write eight frames uint8 [H, W, 3] as a loop of `seconds` into a folder of previews -> Strip."""
-    data, width, height = encode(frames)
+    data, width, height = encode(frames, limit)
     file = f"{stem}-{width}x{height}-{round(1000 * seconds)}.webp"
     with atomic(Path(folder) / file) as tmp:
         tmp.write_bytes(data)
@@ -129,7 +121,7 @@ def strips_of(job, folder, report):
     the film, where none do.
     """
     path, state, pieces = job
-    count, fps = film_length(path), rate(path)
+    count, fps = film_length(path), declared_fps(path)
 
     def plan(count):
         return [frame_numbers(min(round(start * fps), max(0, count - 1)),

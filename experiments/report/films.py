@@ -65,7 +65,7 @@ def queries_section(results, films):
     for r in able[1:]:
         if [q["path"] for q in r.out["queries"]] != [q["path"] for q in out["queries"]]:
             raise BadInput(f"{r.path} and {able[0].path} answer different queries; evaluate both on the same videos")
-    view = next((v for v in out["neighbours"] if all(v in r.out["neighbours"] for r in able)), None)
+    view = next((v for v in ("rgb", *out["neighbours"]) if all(v in r.out["neighbours"] for r in able)), None)
     if view is None:
         raise BadInput(f"{' and '.join(r.path for r in able)} have no view in common; evaluate both with one --views")
     rows, chosen = "", one_query_a_class(out["queries"], QUERIES)

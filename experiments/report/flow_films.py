@@ -12,11 +12,13 @@ import cv2
 import numpy as np
 
 from support.errors import BadInput
-from support.previews import FRAMES, digest, frame_numbers, rate, save_strip, state_of
+from support.flow_pipeline import declared_fps
+from support.previews import FRAMES, digest, frame_numbers, save_strip, state_of
 from support.stores import dequantise
 from support.videos import find_videos, frames_at
 
 SIDE = 192  # px, the longer side of what is drawn
+LIMIT = 18_000  # bytes of a loop, of which there are few
 STEP = 16  # px between two arrows
 
 
@@ -63,7 +65,7 @@ def flow_strip(name, path, store, folder):
     cut = store.segments(name)
     first = int(cut[0].rpartition("@")[2]) if cut else 0
     reader, fps = store.open(cut[0] if cut else name), store.header.get("fps", 0)
-    numbers, step = frame_numbers(0, len(reader), fps or rate(path))
+    numbers, step = frame_numbers(0, len(reader), fps or declared_fps(path))
     frames = dict(frames_at(path, sorted({first + t for t in numbers}), fps))
     if len(frames) < len(set(numbers)):
         raise BadInput(f"{path} has fewer frames than its flow in {store.root}; make that anew with flow.py")
@@ -71,7 +73,7 @@ def flow_strip(name, path, store, folder):
     full = max(0.5, float(np.percentile(np.hypot(*np.stack(flows).transpose(3, 0, 1, 2)), 99)))
     pictures = [drawn(frames[first + t], flow, full) for t, flow in zip(numbers, flows, strict=True)]
     stem = f"flow-{digest(path, store.root)}-{digest(state_of(path), state_of(reader.path))}"
-    return save_strip(folder, stem, pictures, step * FRAMES)
+    return save_strip(folder, stem, pictures, step * FRAMES, LIMIT)
 
 
 def name_in_store(path, videos):

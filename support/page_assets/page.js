@@ -394,7 +394,8 @@ function openPanel() {
 
 let opener = null; // what had the focus before the panel opened
 
-function choose(i) {
+// byKey: from the keyboard. Of groups, whose many films lie between, the focus then goes on to the panel.
+function choose(i, byKey = false) {
   const inside = $("panel").contains(document.activeElement);
   const before = state.film;
   if (i < 0) {
@@ -408,7 +409,8 @@ function choose(i) {
     openPanel();
     $("panel").scrollTop = 0;
     $("live").textContent = `Nearest films of ${full(films[i])}`;
-    if (inside || narrow.matches) $("panel").querySelector("h2").focus({ preventScroll: true });
+    const far = byKey && opener?.closest("#groups");
+    if (inside || narrow.matches || far) $("panel").querySelector("h2").focus({ preventScroll: true });
   }
   if (before !== state.film) remember();
 }
@@ -452,7 +454,8 @@ function setMotion(on) {
 }
 
 function showMissing() {
-  const gone = films.filter((film) => film.missing);
+  const named = (film) => film.path || film.name; // a film of several pieces is one film
+  const gone = [...new Map(films.filter((film) => film.missing).map((film) => [named(film), film])).values()];
   if (!gone.length) return;
   $("missing").hidden = false;
   $("missing").querySelector("summary").textContent =

@@ -18,6 +18,7 @@ from helpers.evaluation import command as evaluation
 from helpers.pages import embedded
 from helpers.training import train
 
+from experiments import result_files
 from experiments.report import page as report_page
 from experiments.report.__main__ import main
 from experiments.report.flow_films import colours, drawn, flow_strip
@@ -28,6 +29,7 @@ from support.errors import BadInput
 from support.previews import FRAMES
 from support.stores import FlowStore
 
+START = {"command": [], "ln_n": 1.0, "videos": 2, "settings": dict.fromkeys(result_files.SETTINGS, 1)}
 NET = ["--checkpoint", "none", "--arch", "r2plus1d18", "--width", "0.125", "--frames", "4", "--size", "16"]
 
 
@@ -118,6 +120,18 @@ def test_queries_and_their_nearest_are_marked_right_and_wrong(browser, run):
     assert kinds == {True, False}
     heads = browser.run("[...document.querySelectorAll('.query')][0].querySelectorAll('.answers h3')[1].textContent")
     assert heads.startswith("after, goca ") and heads.endswith("of 4 right")
+
+
+def test_queries_show_rgb_in_whatever_order_views_were_evaluated(run, tmp_path):
+    files = []
+    for file in run.files:
+        out = json.loads(Path(file).read_text())
+        out["neighbours"] = dict(sorted(out["neighbours"].items()))
+        assert next(iter(out["neighbours"])) == "flow"
+        files.append(str(tmp_path / Path(file).name))
+        Path(files[-1]).write_text(json.dumps(out))
+    assert main([str(run.folder), "--json", *files, "--out", str(tmp_path / "page")]) == 0
+    assert "RGB: queries, one of a class by chance" in (tmp_path / "page" / "index.html").read_text()
 
 
 def test_previews_and_flow_play(browser, run):
@@ -272,8 +286,12 @@ def test_lines_that_are_not_finite_are_left_out(run, tmp_path):
     (b"", "is empty"), (b'{"command": [], "settings": {"method"', "is empty, or its first line"),
     (b"\xff\xfe\x00\n", "is no log of pretrain.py"), (b"not JSON\n", "is damaged, or no log of pretrain.py, at line 1"),
     (b'{"a": 1}\n', "at line 1"), (b"[1]\n", "at line 1"), (b'{"loss": 1}\n', "at line 1"),
-    (b'{"command": [], "settings": {"method": "goca", "epochs": 2}}\n{"loss": 1, "step": "x", "epoch": 1}\n',
-     "at line 2"),
+    (json.dumps(START).encode() + b'\n{"loss": 1, "step": "x", "epoch": 1}\n', "at line 2"),
+    *((json.dumps({k: v for k, v in START.items() if k != lacking}).encode() + b"\n", f"at line 1 ('{lacking}')")
+      for lacking in sorted(result_files.START)),
+    *((json.dumps({**START, "settings": {k: 1 for k in result_files.SETTINGS if k != lacking}}).encode() + b"\n",
+       f"at line 1 ('{lacking}')") for lacking in ("arch", "batch_size")),
+    (json.dumps({**START, "settings": dict.fromkeys(result_files.SETTINGS, "x")}).encode() + b"\n", "at line 1"),
     ("folder", "can't be read"),
 ])
 def test_an_unreadable_log(tmp_path, content, words):

@@ -250,6 +250,17 @@ def test_the_map(browser, collection):
     assert browser.complaints() == []
 
 
+def test_from_a_group_the_keyboard_goes_on_to_the_panel(browser, collection):
+    """Between them lie the films of all other groups."""
+    browser.open(collection.page, "tab=groups")
+    browser.until("document.querySelector('#groups .card')")
+    browser.run("document.querySelector('#groups .card').focus()")
+    browser.press("Enter")
+    assert browser.until("document.getElementById('panel').contains(document.activeElement)")
+    browser.press("Escape")
+    assert browser.run("document.activeElement === document.querySelector('#groups .card')")
+
+
 def test_the_map_by_keyboard(browser, collection):
     browser.open(collection.page, "tab=map")
     browser.run("maps[0].canvas.focus()")

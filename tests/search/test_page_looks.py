@@ -138,7 +138,9 @@ def test_a_phone(browser, collection):
     browser.click("#grid .card")
     box = "(b => [b.x, b.y, b.width, b.height])(document.getElementById('panel').getBoundingClientRect())"
     assert browser.run(box) == [0, 0, 400, 800]
-    assert browser.run("document.querySelector('main').inert")  # what it covers can't be reached
+    assert browser.run("document.querySelector('main').inert")  # what it covers can't be reached, and does not play
+    assert browser.run("document.getAnimations().filter(a => a.effect.target.closest('main')).length") == 0
+    assert browser.run("document.getAnimations().length") > 0
     browser.click("#panel .views input[value='flow'] + span")
     assert shown(browser, "#panel .near .card") == exact(collection.features["flow"], 0, 12)[0]
     assert browser.run("document.getElementById('panel').scrollWidth") <= 400
