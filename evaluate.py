@@ -31,12 +31,13 @@ import data
 from support.classifiers import FINETUNE, LINEAR, fit_clips, fit_features, predict_clips, predict_features
 from support.cli import command_line
 from support.datasets import read_split
-from support.distributed import run_on_all_ranks, same_on_all_ranks, start_processes
+from support.distributed import GROUP_TIMEOUT, rank_and_world, run_on_all_ranks, same_on_all_ranks, start_processes
 from support.errors import BadInput
 from support.evaluation_flags import VIEWS, parser
 from support.features import (
     NETWORK,
     Features,
+    check_rate,
     check_store,
     fingerprint,
     load_network,
@@ -48,6 +49,7 @@ from support.files import atomic, check_writable
 from support.kmeans import kmeans
 from support.metrics import KS, accuracy, cluster_scores, nearest, recall
 from support.reporting import mean_of_splits, print_classes, print_left_out, print_results, protocol_in_words
+from support.run import named_failures
 from support.segments import expand
 from support.stores import FlowStore, RgbStore
 from support.training_flags import check_inputs
@@ -93,7 +95,7 @@ def check_classes(train, test, classes):
         raise BadInput(f"the test list has videos of {len(lacking)} classes of which no training video can be "
                        f"read ({', '.join(lacking[:5])}): complete --videos, or take them off the test list")
     single = [name for name, n in zip(classes, count.tolist(), strict=True) if n == 1]
-    if single:
+    if single and rank_and_world()[0] == 0:
         print(f"{len(single)} classes have one training video only: {', '.join(single[:5])}")
 
 
@@ -319,6 +321,8 @@ def environment(s, device, rank, world):
     rgb = RgbStore(s.rgb) if s.rgb and "rgb" in views else None
     if store and "flow" in views:
         check_store(store, settings, s)
+    elif "rgb" in views:
+        check_rate(settings, rgb)
     whole = whole.to(device, memory_format=torch.channels_last_3d)
     return SimpleNamespace(s=s, net=only_views(whole, views), whole=whole, settings=settings, store=store,
                            rgb=rgb, films=None if "rgb" in views else store, device=device, rank=rank, world=world,
@@ -334,7 +338,8 @@ def evaluate(s):
         return 0
     if s.json:
         check_writable(s.json, "--json")
-    with end_process_group():
+    memory = f"--batch-views {s.batch_views}. What helps: a smaller --batch-views or --batch-size, fewer --workers"
+    with end_process_group(), named_failures(memory, GROUP_TIMEOUT):
         device, rank, world = start_processes(s)
         env = run_on_all_ranks(lambda: environment(s, device, rank, world))
         began = time.perf_counter()

@@ -43,7 +43,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
@@ -53,7 +52,7 @@ import numpy as np
 
 from support.cli import Help, command_line, say
 from support.errors import BadInput
-from support.files import check_folder
+from support.files import check_folder, temporary_folder
 from support.flow_gpu import BATCH_PAIRS, extract_batched
 from support.flow_import import import_arguments, import_flow
 from support.flow_info import info
@@ -183,15 +182,6 @@ def extract_all(jobs, settings, workers, progress, remarks, time_limit=600, devi
         progress.show()
     progress.bar.close()
     return skipped
-
-
-def temporary_folder():
-    """A folder that vanishes. Raises BadInput where there can be none."""
-    try:
-        return tempfile.TemporaryDirectory()
-    except OSError as e:
-        raise BadInput(f"no temporary folder can be made ({e.strerror}); set TMPDIR to a folder that can be "
-                       f"written") from e
 
 
 def plan(jobs, settings, workers, time_limit, device, batch, videos):

@@ -211,7 +211,7 @@ def train_in(process, s):
     batches = EpochBatches(len(videos), s.batch_size, s.epochs, s.seed, rank, world, keep_last=s.keep_last)
     per_epoch = batches.steps_per_epoch
     settings = {**vars(s), "global_batch": s.batch_size * world, "flow_header": store and store.header,
-                "train_videos": len(videos)}
+                "rgb_fps": clips.rgb.header.get("fps", 0) if clips.rgb else 0, "train_videos": len(videos)}
     check_same_on_all_ranks(config_fingerprint(s, settings, videos, prototypes))
     out = Path(s.out)
     start, log_state = continue_run(out, s, settings, core, optimizer, per_epoch, say)
@@ -312,6 +312,9 @@ def arguments(argv=None):
     if s.warmup_epochs > s.epochs // 2:
         notes.append(f"--warmup-epochs {s.warmup_epochs} is cut to {s.epochs // 2}, half of --epochs {s.epochs}")
         s.warmup_epochs = s.epochs // 2
+    if s.batch_size * world < 2:
+        raise BadInput("--batch-size 1: one video has no other to be assigned against, and nothing for batch norm to "
+                       "normalise by; give 2 or more")
     if s.lr is None:
         s.lr = 0.001 if s.optimizer == "adamw" else scaled_rate(s.batch_size * s.accumulate * world)
     s.lr_start = s.lr_start if s.lr_start is not None else s.lr / 16

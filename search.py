@@ -46,9 +46,9 @@ from support.collection_index import (
     piece_seconds,
     survey,
 )
-from support.distributed import run_on_first_rank, start_processes
+from support.distributed import GROUP_TIMEOUT, run_on_first_rank, start_processes
 from support.errors import BadInput
-from support.features import check_store, view_matrix
+from support.features import check_rate, check_store, view_matrix
 from support.files import atomic, check_folder, check_writable
 from support.frame_folders import is_frame_folder
 from support.grouping import judged, make_groups
@@ -56,6 +56,7 @@ from support.metrics import nearest
 from support.page import Group, Item, write_page
 from support.previews import make_previews
 from support.projection import flat_map
+from support.run import named_failures
 from support.stores import FlowStore
 
 TYPICAL = 5  # films named of a group
@@ -75,11 +76,15 @@ def index(s):
     if "flow" in net.backbones:
         check_store(store, settings, s)
         s.segment = piece_seconds(store, s.flow, s.segment)
+    else:
+        check_rate(settings, None)
     header = make_header(net, settings, s.checkpoint, s.protocol, store, s.segment, s.videos)
-    todo, counts, faults = run_on_first_rank(lambda: survey(s.out, header, store))
+    todo, counts, faults, notes = run_on_first_rank(lambda: survey(s.out, header, store))
     if rank == 0:
-        say(f"films below {s.videos}: {', '.join(f'{n} {what}' for what, n in counts.items())}")
-    every = [extract(net, todo, store, header, s.out, s, device, rank, world) if todo else []]
+        say(f"films below {s.videos}: {', '.join(f'{n} {what}' for what, n in counts.items())}", *notes)
+    memory = f"--batch-views {s.batch_views}. What helps: a smaller --batch-views, fewer --workers"
+    with named_failures(memory, GROUP_TIMEOUT):
+        every = [extract(net, todo, store, header, s.out, s, device, rank, world) if todo else []]
     if world > 1:
         shared = [None] * world
         dist.all_gather_object(shared, every[0])  # and all parts are there
@@ -88,7 +93,7 @@ def index(s):
     if rank:
         return 0
     faults += [fault for each in every for fault in each]
-    held, _, _ = bring_up_to_date(s.out, header, store)
+    held, *_ = bring_up_to_date(s.out, header, store)
     for fault in faults:
         say(f"left out: {fault}")
     if held is None:
@@ -148,7 +153,9 @@ def query(s):
     check_weights(s.index, held.header, net, checkpoint)
     net = of_views(net, view.split("+"), True, checkpoint).to(device, memory_format=torch.channels_last_3d)
     seconds = {"loading": time.perf_counter() - began}
-    values, spent = features_of(s.video, net, held.header, device, s.batch_views)
+    values, spent, faults = features_of(s.video, net, held.header, device, s.batch_views)
+    for fault in faults:
+        say(f"not looked up, a piece of the film: {fault}")
     queries, rows, n = view_matrix(values, view, "", "average"), matrix(held, view), len(held.files)
     find = finder(s, view, queries, rows)
     if s.k > n:
@@ -240,7 +247,7 @@ def page(s):
     if s.num and s.num > n:
         say(f"--num {s.num} is more than {entries(n)} of {s.index}; {num} is taken")
     found = {view: make_groups(x, num, s.seed) for view, x in rows.items()} if n > 1 else {}
-    missing = [item.missing for item in items if item.missing]
+    missing = {item.path: item.missing for item in items if item.missing}  # once a film, of how many pieces ever
     write_page(s.out, title=f"{n} {'pieces of films' if held.header['segment'] else 'films'} below {root}", items=items,
                features={view: x.numpy() for view, x in rows.items()},
                groups={view: [Group(f"group {i}", members, f"mean cosine with its centre {tight:.3f}")
@@ -250,9 +257,9 @@ def page(s):
                notes=["index {index}: {arch}, {frames} frames of {size} px, protocol {protocol}, weights {checkpoint} "
                       "({weights:.12})".format(index=s.index, **held.header),
                       *(f"{view}, {judged(g)}" for view, g in found.items())])
-    for why in missing:
+    for why in missing.values():
         say(f"shown as they were, or without a picture: {why}")
-    say(f"{Path(s.out) / 'index.html'}: {n} entries, {len(missing)} of them of films that can't be read any more"
+    say(f"{Path(s.out) / 'index.html'}: {n} entries, {len(missing)} of their films can't be read any more"
         f"{'; index the films where they are now with search.py index' if missing else ''}")
     return 0
 
@@ -273,7 +280,7 @@ def above_zero(kind):
 
 
 def arguments(argv=None):
-    p = argparse.ArgumentParser(prog="search.py", description="Search and group a collection of one's own films.")
+    p = Subcommand(prog="search.py", description="Search and group a collection of one's own films.")
     commands = p.add_subparsers(dest="command", required=True, parser_class=Subcommand)
     c = commands.add_parser("index", help="features of every film, new and changed ones only")
     c.add_argument("--checkpoint", nargs="+", required=True, metavar="[rgb=|flow=]FILE", help=CHECKPOINT)

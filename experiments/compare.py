@@ -43,7 +43,7 @@ NEEDED = {"set": dict, "prototypes": str, "processes": int, "flags": str, "setti
 def read_experiment(path):
     """An experiment's file -> its fields, and `folder`. Raises BadInput where it is not as described above."""
     try:
-        fields = json.loads(Path(path).read_text())
+        fields = json.loads(Path(path).read_text("utf-8-sig"))
         wrong = [f"{k} must be {kind.__name__}" for k, kind in NEEDED.items() if not isinstance(fields.get(k), kind)]
     except (OSError, ValueError, AttributeError) as e:
         raise BadInput(f"{path} is no JSON file of an experiment ({e}); see experiments/compare.py") from e

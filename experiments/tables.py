@@ -58,7 +58,7 @@ def read_sets(path):
     """sets.json -> {name: flags}. Raises BadInput where it is not as described above."""
     try:
         out = {}
-        for name, s in json.loads(Path(path).read_text()).items():
+        for name, s in json.loads(Path(path).read_text("utf-8-sig")).items():
             out[name] = ["--dataset", s["dataset"], "--videos", str(Path(s["videos"]).absolute()), "--flow",
                          str(Path(s["flow"]).absolute())]
             if "splits" in s:

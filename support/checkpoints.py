@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import torch
 
 from support.errors import BadInput, Unreadable
-from support.files import atomic
+from support.files import atomic, writing
 from support.optim import learning_rate
 
 # settings that may change on resume
@@ -92,7 +92,8 @@ def save_run(out, state, keep):
         kept = f"{newest} is the one before: make room, and the same command continues"
         raise BadInput(f"step {state['step']} could not be saved: {e}; "
                        f"{kept if newest.exists() else 'nothing had been saved before'}") from e
-    _rotate(out, keep)
+    with writing(newest):
+        _rotate(out, keep)
 
 
 def _rotate(out, keep):
@@ -129,12 +130,13 @@ def last_checkpoint(out, keep=None):
             damaged.append(file)
             continue
         if keep is not None:
-            for bad in damaged:
-                os.replace(bad, bad.with_suffix(".damaged.pt"))
-            if file == new:
-                _rotate(out, keep)
-            elif file != newest:
-                os.replace(file, newest)
+            with writing(newest):
+                for bad in damaged:
+                    os.replace(bad, bad.with_suffix(".damaged.pt"))
+                if file == new:
+                    _rotate(out, keep)
+                elif file != newest:
+                    os.replace(file, newest)
         return state
     return None
 
@@ -174,8 +176,9 @@ def lock(out, seconds=0.0):
                     f"another run is training in {out} ({file.read().strip() or 'unknown process'}): wait for its end, "
                     f"or give another --out; if its machine is gone, remove {out / 'lock'}") from None
             time.sleep(1)
-    file.truncate(0)
-    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    with writing(out / "lock"):
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
     for suffix in (".pt", ".jsonl"):
         for left in out.glob(f".tmp-*{suffix}"):
             left.unlink(missing_ok=True)

@@ -133,8 +133,8 @@ def fit_features(train, labels, classes, recipe, s, device, what):
     torch.manual_seed(s.seed)
     classifier = Classifier({}, train[0].shape[1], classes, recipe, frozen=True).to(device)
     optimizer = classifier_optimizer(classifier, recipe)
-    batches = EpochBatches(len(labels), s.batch_size, recipe.epochs, s.seed)
     check_batch(classifier, s.batch_size)
+    batches = EpochBatches(len(labels), s.batch_size, recipe.epochs, s.seed)
     train, labels = [f.to(device) for f in train], labels.to(device)
     for step, batch in enumerate(tqdm(batches, desc=what, unit="step", mininterval=1)):
         at = torch.tensor([i for _, i in batch], device=device)

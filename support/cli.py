@@ -23,6 +23,8 @@ def command_line(main):
         _mute()
         sys.exit(141)
     except BadInput as e:
+        if e.printed is None:
+            _after_the_first()
         if e.printed:
             time.sleep(2)  # torchrun ends all processes once one is gone, that which prints the message too
         else:
@@ -31,6 +33,12 @@ def command_line(main):
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues", file=sys.stderr)
         sys.exit(130)
+
+
+def _after_the_first():
+    """Wait in all processes of a machine but the first: what all have to say it says, and torchrun ends the others."""
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        time.sleep(2)
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,7 +84,8 @@ class Help(argparse.HelpFormatter):
 
 
 class Subcommand(argparse.ArgumentParser):
-    """The parser of a subcommand: what it doesn't know is an error with its own usage, not the whole command's."""
+    """The parser of a command in parts, and of each: what a part doesn't know is an error with its own usage, not the
+    whole command's."""
 
     def __init__(self, **settings):
         super().__init__(**{"formatter_class": Help, **settings})
@@ -86,6 +95,10 @@ class Subcommand(argparse.ArgumentParser):
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return namespace, unknown
+
+    def error(self, message):
+        _after_the_first()
+        super().error(message)
 
 
 def _mute():

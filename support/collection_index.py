@@ -11,7 +11,6 @@ on where it was, whatever became of the folder since.
 
 import json
 import os
-import tempfile
 import time
 import uuid
 from collections import Counter
@@ -28,17 +27,18 @@ import data
 from support.datasets import Video
 from support.errors import BadInput
 from support.features import BLOCK, NETWORK, extract_blocks, fingerprint, load_network, view_features
-from support.files import load_arrays, save_arrays
+from support.files import load_arrays, save_arrays, temporary_folder
 from support.flow_methods import choose_backend
 from support.flow_pipeline import Job, Settings, declared_fps, extract_video
 from support.inference import mean_over_views
 from support.stores import FlowStore
-from support.videos import file_stat, film_length, find_videos
+from support.videos import file_stat, film_length, find_videos, with_time_limit
 from support.weights import Backbones, read_state
 from support.worker_pool import cores, run_in_processes
 
 KIND = "index of a collection"
 MADE_BY = "python search.py index --checkpoint RUN --videos DIR --out {}"
+QUERY_LIMIT = 600  # seconds in which the film of a query must give its length
 SAME = ("weights", "views", *NETWORK, "protocol", "flow", "segment")  # of the header: what decides a feature
 
 
@@ -76,6 +76,8 @@ def load_collection(path):
     rows = {len(x) for x in (*found[1:5], *values.values())}
     if len(rows) != 1 or not all(x.ndim == 2 and np.isfinite(x).all() for x in values.values()):
         raise BadInput(f"{path} is damaged (rows are lacking or no numbers); make it anew: {MADE_BY.format(path)}")
+    if not rows.pop():
+        raise BadInput(f"{path} holds no film; delete it, and index some: {MADE_BY.format(path)}")
     return found
 
 
@@ -272,7 +274,7 @@ def merge(out, header, marks):
             if marks.get(key[0]) == tuple(mark):
                 newest[key] = which, row
     chosen = [c.take([row for i, row in newest.values() if i == which]) for which, c in enumerate(held)]
-    return join(header, chosen) if chosen else None
+    return join(header, chosen) if newest else None
 
 
 def join(header, collections):
@@ -283,9 +285,10 @@ def join(header, collections):
 
 def bring_up_to_date(out, header, store):
     """Take what is gone or changed out of the index, and the parts of interrupted work into it -> (Collection or None,
-    {file: path}, {file: mark} of the films there are)."""
+    {file: (name, path)}, {file: mark} of the films there are, what else the folder holds)."""
     root = header["videos"]
-    found = {os.path.relpath(path, root): (name, path) for name, path in find_videos(root).items()}
+    films = find_videos(root)
+    found = {os.path.relpath(path, root): (name, path) for name, path in films.items()}
     marks = {file: mark_of(path) + (mark_of_flow(store, name) if header["flow"] else (0, 0))
              for file, (name, path) in found.items()}
     kept = merge(out, header, marks)
@@ -293,13 +296,13 @@ def bring_up_to_date(out, header, store):
         save_collection(out, kept)
     for part in part_paths(out):
         part.unlink()
-    return kept, found, marks
+    return kept, found, marks, films.notes()
 
 
 def survey(out, header, store):
-    """What is yet to be done -> ([Piece], {what: number of films}, [why a film can't be read])."""
+    """What is yet to be done -> ([Piece], {what: number of films}, [why a film can't be read], what else there is)."""
     before = set(load_collection(out).files.tolist()) if Path(out).exists() else set()
-    kept, found, marks = bring_up_to_date(out, header, store)
+    kept, found, marks, notes = bring_up_to_date(out, header, store)
     keys = set(kept.keys()) if kept is not None else set()
     # of which pieces a film consists is known once it was opened
     done = set() if header["segment"] else {file for file, _ in keys}
@@ -311,7 +314,7 @@ def survey(out, header, store):
     anew = {os.path.relpath(p.video.path, header["videos"]) for p in todo}
     counts = {"new": len(anew - before), "changed": len(anew & before),
               "as before": len(found) - len(anew) - len(faults), "gone": len(before - found.keys())}
-    return todo, counts, faults
+    return todo, counts, faults, notes
 
 
 def extract(net, todo, store, header, out, s, device, rank, world):
@@ -359,11 +362,12 @@ def flow_of(film, header, folder):
 
 @torch.inference_mode()
 def features_of(film, net, header, device, batch_views):
-    """Unit features of a film that need not be in the index -> ({view: [p, D]} of its p pieces, {what: seconds}).
+    """Unit features of a film that need not be in the index -> ({view: [p, D]} of its p pieces, {what: seconds}, [why
+    a piece can't be read], of pieces beside the p).
 
     net: of some of the views of the index. Raises BadInput where the film can't be read.
     """
-    seconds, parts, began = Counter(), [], time.perf_counter()
+    seconds, parts, faults, began = Counter(), [], [], time.perf_counter()
 
     def lap(what):
         nonlocal began
@@ -372,9 +376,10 @@ def features_of(film, net, header, device, batch_views):
         began = now
 
     cut = pieces_as_cut if header["flow"] and header["flow"].get("segment") else pieces_of
-    pieces = cut(film, "query", *probe((film,), None, None), header["segment"], ())
+    length_and_rate = with_time_limit(QUERY_LIMIT, film, probe, (film,), None, None)
+    pieces = cut(film, "query", *length_and_rate, header["segment"], ())
     lap("decoding")
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         store = None
         if "flow" in net.backbones:
             store = flow_of(film, header["flow"], folder)
@@ -385,10 +390,12 @@ def features_of(film, net, header, device, batch_views):
         for i in range(len(pieces)):
             item = clips[i]
             lap("decoding")
-            if "fault" not in item:
-                parts.append(mean_over_views(partial(view_features, net, header["protocol"]), [item], views, device,
-                                             batch_views))
-                lap("network")
+            if "fault" in item:
+                faults.append(item["fault"])
+                continue
+            parts.append(mean_over_views(partial(view_features, net, header["protocol"]), [item], views, device,
+                                         batch_views))
+            lap("network")
     if not parts:
-        raise BadInput(item["fault"])
-    return {v: F.normalize(torch.cat([p[v] for p in parts]), dim=1) for v in views}, seconds
+        raise BadInput(faults[0])
+    return {v: F.normalize(torch.cat([p[v] for p in parts]), dim=1) for v in views}, seconds, faults

@@ -334,7 +334,7 @@ def read_split(dataset, videos, splits=None, split=1, subset="train", index=None
         classes, entries, notes = DATASETS[dataset](found, splits, split, subset)
     except BadInput:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, csv.Error) as e:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError, csv.Error) as e:
         raise BadInput(f"--splits {splits} is not in {dataset}'s published format ({type(e).__name__}: {e})") from e
     lookup, label_of = names_of(dataset, found), {c: i for i, c in enumerate(classes)}
     unusable = Index.load(index).unusable() if index else set()

@@ -20,6 +20,8 @@ from support.errors import BadInput
 from support.loader import keep_freed_memory
 from support.watchdog import Watchdog
 
+GROUP_TIMEOUT = 1800.0  # seconds that processes wait for one another where no stage says otherwise: torch's own
+
 _gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 renamed it
 
 

@@ -13,16 +13,17 @@ class EpochBatches(Sampler):
 
     Every epoch is a new permutation from (seed, epoch); the global batch is the same however many processes share it.
     What does not fill a batch is left out, as in SwAV, or, with keep_last, is an epoch's last and smaller one: parts
-    that differ by one video at most, and left out only where a process would have none.
+    that differ by one video at most, and left out only where a process would have none, or the batch one.
     """
 
     def __init__(self, n, batch_size, epochs, seed=0, rank=0, world=1, start=0, keep_last=False):
         self.batch, rest = batch_size * world, n % (batch_size * world)
-        self.rest = rest if keep_last and rest >= world else 0
+        self.rest = rest if keep_last and rest >= max(2, world) else 0
         self.steps_per_epoch = n // self.batch + (self.rest > 0)
         if n < self.batch:
+            cure = f"choose {n // world} or less" if n // world > 1 else "there must be more of them"
             raise BadInput(f"--batch-size {batch_size} x {world} process(es) is more than the {n} videos there are; "
-                           f"choose {max(1, n // world)} or less")
+                           f"{cure}")
         self.n, self.batch_size, self.epochs, self.seed = n, batch_size, epochs, seed
         self.rank, self.world, self.start = rank, world, start
 

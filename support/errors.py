@@ -9,7 +9,7 @@ class BadInput(ValueError):
     """Something the user can mend. Stages print it as one message and leave with status 2."""
 
     status = 2
-    printed = False  # by another process, so this one need not
+    printed = None  # True: another process prints it; False: this one, for all; None: each has it for itself
 
 
 class Unreadable(BadInput):

@@ -1,6 +1,5 @@
 """The flags of evaluate.py's commands."""
 
-import argparse
 
 import model
 from support.classifiers import FINETUNE, LINEAR
@@ -14,7 +13,7 @@ ABOUT = {"features": "extract and keep features", "retrieval": "R@k of nearest n
 
 
 def parser():
-    p = argparse.ArgumentParser(prog="evaluate.py", description="Evaluate a representation.")
+    p = Subcommand(prog="evaluate.py", description="Evaluate a representation.")
     commands = p.add_subparsers(dest="command", required=True, parser_class=Subcommand)
     for name, about in ABOUT.items():
         c = commands.add_parser(name, help=about)

@@ -109,3 +109,21 @@ def load_arrays(path, kind, made_by):
         raise BadInput(f"{path} holds {header.get('kind')} version {header.get('version')}, but {kind} version 1 is "
                        f"needed; make it with: {made_by}")
     return header, arrays
+
+
+def temporary_folder():
+    """A folder that vanishes. Raises BadInput where there can be none."""
+    try:
+        return tempfile.TemporaryDirectory()
+    except OSError as e:
+        raise BadInput(f"no temporary folder can be made ({e.strerror}); set TMPDIR to a folder that can be "
+                       f"written") from e
+
+
+@contextmanager
+def writing(path):
+    """Within: an OSError becomes a BadInput that names `path`. For what is no whole file, which `atomic` writes."""
+    try:
+        yield
+    except OSError as e:
+        raise BadInput(f"{path} can't be written ({e.strerror}): make room, and the same command continues") from e

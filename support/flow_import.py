@@ -205,7 +205,8 @@ def import_flow(args):
     jobs = {name: job for name, job in jobs.items() if not is_imported(store, name, job)}
     if jobs:
         check_folder(store.root, "--out")
-    say(f"{len(found)} videos with flow below {args.source}, {len(jobs)} to do")
+    say(f"{len(found)} videos with flow below {args.source}, {len(jobs)} to do",
+        *(videos.notes() if args.videos else ()))
     skipped, progress = {}, Progress(len(jobs), args.workers)
     for name, kind, value in run_in_processes(import_video, jobs, Settings(args.layout, args.bound, args.quality),
                                               args.workers, args.time_limit):

@@ -87,7 +87,8 @@ def info(args):
     found = find_videos(args.videos) if args.videos else {}
     if found:
         missing = [f"  {name}" for name in found if name not in store and not store.segments(name)]
-        say(f"{len(missing)} of the {len(found)} videos below {args.videos} have no {store.KIND}", *missing)
+        say(f"{len(missing)} of the {len(found)} videos below {args.videos} have no {store.KIND}", *missing,
+            *found.notes())
     if args.picture:
         match = SEGMENT.fullmatch(f"{args.video}.avi")
         video = found.get(args.video) or (match and found.get(match[1]))

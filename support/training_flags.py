@@ -14,7 +14,7 @@ def parser(every):
     p = Parser(description="GOCA pre-training on RGB and flow; defaults are the paper's. @FILE stands for the flags in "
                            "FILE, such as @presets/ucf101-s3d; later ones win.", formatter_class=Help,
                fromfile_prefix_chars="@")
-    p.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
+    p.convert_arg_line_to_args = lambda line: line.lstrip("\ufeff").split("#")[0].split()  # a byte order mark, too
     p.add_argument("--help-all", action="help", help="show every flag and exit")
     for title, flags in (("input and output", input_flags), ("method", method_flags),
                          ("network and clips", network_flags), ("optimisation", optimisation_flags),

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from support.errors import BadInput
-from support.files import atomic
+from support.files import atomic, writing
 from support.optim import rate_rule
 
 
@@ -146,7 +146,8 @@ class Log:
         """What the next line needs of the steps since the last, for the checkpoint; every process calls it."""
         losses = self._share()
         if self.file:
-            os.fsync(self.file.fileno())  # not a line less than the checkpoint
+            with writing(self.path):
+                os.fsync(self.file.fileno())  # not a line less than the checkpoint
         return {"losses": losses.cpu(), "dropped": self.dropped, "row": self.row, "faults": list(self.faults),
                 "most": self.most, "since": self.since_epoch, "warned": list(self.warned)}
 
@@ -204,7 +205,8 @@ class Log:
         self.since, self.videos, self.waited = now, 0, 0.0
         self.losses.clear()
         if self.head:
-            self.file.write(json.dumps(line) + "\n")
+            with writing(self.path):
+                self.file.write(json.dumps(line) + "\n")
         if self.board:
             for name, value in line.items():
                 if name != "prior_views":  # no number

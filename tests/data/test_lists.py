@@ -50,6 +50,9 @@ def test_kinetics_csv_with_floats_quotes_and_commas(tmp_path, films):
     splits = lists(tmp_path, train__csv="label,youtube_id,time_start,time_end\nrun,id-1______,soon,20\n")
     with pytest.raises(BadInput, match=r"not in k400's published format \(ValueError.*soon"):
         read_split("k400", videos, splits)
+    splits = lists(tmp_path, train__csv="label,youtube_id,time_start,time_end\nrun,id-1______,inf,20\n")
+    with pytest.raises(BadInput, match=r"not in k400's published format \(OverflowError"):
+        read_split("k400", videos, splits)
 
 
 def test_kinetics_files_named_by_id_alone(tmp_path, films):

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.clips import NEUTRAL, batch_of, film, numbered, values
+from helpers.evaluation import UNTRAINED
 from helpers.training import log, run
 from torch.utils.data import DataLoader
 
 import data
+import evaluate
 from support.avi import write_avi
 from support.datasets import read_split
 from support.epoch_batches import EpochBatches
@@ -366,3 +368,10 @@ def test_processes_that_all_end_are_not_the_films(films, monkeypatch):
     with pytest.raises(RuntimeError, match="DataLoader worker"):
         list(Loader(clips, EpochBatches(24, 12, 1).after, 1))
     assert len(clips.ended) == 1  # at the second without a batch between it was over
+
+
+def test_evaluation_whose_processes_all_end_is_an_error_message(tiny, monkeypatch):
+    crashes(monkeypatch, ".avi", segfault)
+    monkeypatch.setattr(Loader, "MAX_RESTARTS", 0)
+    with pytest.raises(BadInput, match=r"a loader process ended .*fewer --workers"):
+        evaluate.evaluate(evaluate.arguments(["retrieval", *tiny.common(), *UNTRAINED, "--workers", "1"]))

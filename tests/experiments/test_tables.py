@@ -74,7 +74,7 @@ def test_markdown_and_latex(tmp_path, capsys):
     assert {line.replace(r"\&", "").count("&") for line in body} == {7}  # as many cells in every line
 
 
-SMALL = ("--width 0.125 --hidden 16 --frames 8 --short-frames 8 --short-crops 0 --size 32 --scale 1 1.2 --epochs 1 "
+SMALL = ("--arch r2plus1d18 --width 0.125 --hidden 16 --frames 4 --short-crops 0 --size 16 --scale 1 1.2 --epochs 1 "
          "--batch-size 10 --workers 0")
 
 
@@ -84,7 +84,7 @@ def test_the_driver_runs_what_is_missing_and_no_more(tiny, tmp_path, capsys, mon
         monkeypatch.setitem(paper.TABLES, n, paper.TABLES[n]._replace(rows=rows))
     sets = {"films": {"dataset": "ucf101", "videos": str(tiny.videos), "splits": str(tiny.splits), "flow":
                       str(tiny.flow)}}
-    (tmp_path / "sets.json").write_text(json.dumps(sets))
+    (tmp_path / "sets.json").write_text(json.dumps(sets), "utf-8-sig")  # as some editors save
     results = tmp_path / "results"
     results.mkdir()
     _, arrays = load_arrays(tiny.prototypes, "prototypes", "")

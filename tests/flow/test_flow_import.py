@@ -93,6 +93,7 @@ def test_counts_are_held_to_the_videos(tmp_path, capsys):
         film(tmp_path / "v" / f"{name}.avi", moving(n, 24, 32, 1, 0))
     for name in ("fits", "a/other", "nobody"):
         write_flow(tmp_path / "in", name, FLOWS)
+    (tmp_path / "v" / "a.xyz").touch()
     more = ["--videos", str(tmp_path / "v")]
     assert import_from(tmp_path / "in", tmp_path / "s", "denseflow", *more) == 0
     skipped = json.loads((tmp_path / "s" / "skipped.json").read_text())["skipped"]
@@ -100,6 +101,8 @@ def test_counts_are_held_to_the_videos(tmp_path, capsys):
     assert "a/other holds 4 flow fields, but" in skipped["a/other"] and "has 7 frames, to which 6" in skipped["a/other"]
     assert "nobody has no video of that name" in skipped["nobody"]
     assert "1 videos below" in (said := capsys.readouterr().out) and "have no flow below" in said and "lacks" in said
+    assert "passed over: 1 files" in said
+    assert flow.main(["info", str(tmp_path / "s"), *more]) == 0 and "passed over: 1 files" in capsys.readouterr().out
     header = FlowStore(tmp_path / "s").open("fits").header
     assert header["source_bytes"] == (tmp_path / "v" / "fits.avi").stat().st_size and header["source_frames"] == 5
     assert import_from(tmp_path / "in", tmp_path / "s", "denseflow", *more, "--strict") == 1

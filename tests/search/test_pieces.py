@@ -22,7 +22,7 @@ from support.stores import FlowStore
 from support.videos import decode
 
 
-def test_pieces_have_their_times(films, tmp_path, tiny):
+def test_pieces_have_their_times(films, tmp_path, capsys):
     """A film of three films, one after the other; a query of the second finds its second."""
     parts = [list(map(np.ascontiguousarray, decode(str(films / "films" / f"{n}.avi")))) for n in "ae"]
     other = list(decode(str(films / "films" / "b" / "c.avi")))
@@ -39,6 +39,12 @@ def test_pieces_have_their_times(films, tmp_path, tiny):
     found = query(out, tmp_path / "two.avi", tmp_path)
     assert {r["start_s"] for r in found[:2]} == {1, 2} and found[1]["similarity"] == pytest.approx(1, abs=1e-5)
     assert search.main(["groups", "--index", str(out), "--num", "2", "--json", str(tmp_path / "g.json")]) == 0
+    # one that can't be read is named
+    whole = (tmp_path / "two.avi").read_bytes()
+    (tmp_path / "two.avi").write_bytes(whole[:len(whole) * 2 // 5])
+    capsys.readouterr()
+    assert query(out, tmp_path / "two.avi", tmp_path)[0]["start_s"] == 1
+    assert "not looked up, a piece of the film: " in capsys.readouterr().out
     members = [m for g in json.loads((tmp_path / "g.json").read_text())["groups"] for m in g["members"]]
     assert sorted(members) == [f"{tmp_path}/films/long.avi#t={t},{t + 1}" for t in range(3)]
 
@@ -68,7 +74,7 @@ def cut(tmp_path_factory):
     return root
 
 
-def test_segments_of_a_flow_store_are_indexed_with_their_times(cut, tmp_path):
+def test_segments_of_a_flow_store_are_indexed_with_their_times(cut, tmp_path, capsys):
     out, store = tmp_path / "i.npz", FlowStore(cut / "flow")
     assert index(cut, out, "--flow", str(cut / "flow"), videos=cut / "v") == 0
     held = load_collection(out)
@@ -98,6 +104,15 @@ def test_segments_of_a_flow_store_are_indexed_with_their_times(cut, tmp_path):
     assert search.main(["page", "--index", str(out), "--out", str(tmp_path / "page")]) == 0
     assert len(list((tmp_path / "page" / "previews").iterdir())) == 5
     assert "pieces of films" in (tmp_path / "page" / "index.html").read_text()
+    # a film that is gone is one film, of how many pieces ever
+    capsys.readouterr()
+    shutil.move(cut / "v" / "long.avi", tmp_path / "long.avi")
+    try:
+        assert search.main(["page", "--index", str(out), "--out", str(tmp_path / "page")]) == 0
+    finally:
+        shutil.move(tmp_path / "long.avi", cut / "v" / "long.avi")
+    said = capsys.readouterr().out
+    assert said.count("long.avi doesn't exist") == 1 and "5 entries, 1 of their films can't be read any more" in said
 
 
 def test_a_segment_more_is_indexed_and_a_film_without_flow_is_named(cut, tmp_path, capsys):

@@ -62,10 +62,10 @@ def test_an_index_holds_each_film_s_mean_feature(films, rgb_index):
         rows, files, header = f["rgb"], f["files"].tolist(), json.loads(str(f["header"]))
         assert f["spans"].tolist() == [[0, 12 / 25]] * 5
     assert files == sorted(f"{n}.avi" for n in NAMES) and header["views"] == ["rgb"]
-    assert (header["protocol"], header["flow"], header["size"]) == ("fast", None, 32)
+    assert (header["protocol"], header["flow"], header["size"]) == ("fast", None, 16)
     net, _ = collection_index.open_network([str(films / "run")])
     videos = [Video(str(films / "films" / file), file, -1) for file in files]
-    clips = data.TestClips(videos, None, views=("rgb",), protocol="fast", frames=8, size=32)
+    clips = data.TestClips(videos, None, views=("rgb",), protocol="fast", frames=4, size=16)
     for i, row in enumerate(rows):
         with torch.inference_mode():
             each = F.normalize(net.features("rgb", to_input("rgb", clips[i]["rgb"], torch.device("cpu"))), dim=1)
@@ -148,13 +148,28 @@ def test_films_that_cannot_be_read_are_counted_and_named(films, tmp_path, capsys
     shutil.copy(films / "films" / "a.avi", videos / "good.avi")
     (videos / "empty.avi").touch()
     (videos / "text.mp4").write_text("no film")
+    (videos / "a.xyz").touch()
     assert index(films, tmp_path / "i.npz", videos=videos) == 0
     said = capsys.readouterr().out
+    assert "passed over: 1 files" in said and ".xyz 1" in said
     assert "left out: " in said and "empty.avi is empty" in said and "text.mp4 holds no frame" in said
     assert "holds 1 films by rgb" in said and "2 left out" in said
     (videos / "good.avi").unlink()
     with pytest.raises(BadInput, match=r"none of the films below .* can be read; the first: .*empty.avi is empty"):
         index(films, tmp_path / "j.npz", videos=videos)
+    assert not (tmp_path / "j.npz").exists()
+
+
+def test_where_no_film_can_be_read_any_more_the_index_stays(films, tmp_path):
+    videos = tmp_path / "films"
+    videos.mkdir()
+    shutil.copy(films / "films" / "a.avi", videos / "a.avi")
+    index(films, tmp_path / "i.npz", videos=videos)
+    before = (tmp_path / "i.npz").read_bytes()
+    (videos / "a.avi").write_text("no film")
+    with pytest.raises(BadInput, match=r"none of the films below .* can be read"):
+        index(films, tmp_path / "i.npz", videos=videos)
+    assert (tmp_path / "i.npz").read_bytes() == before
 
 
 def test_an_export_and_its_run_give_one_index(films, rgb_index, tmp_path):
@@ -238,6 +253,12 @@ def test_faiss_finds_what_it_says_and_is_kept(films, rgb_index, tmp_path, capsys
     assert query(path, film, tmp_path, "--engine", "faiss") == exact
     again, = tmp_path.glob("i.npz.rgb.*.faiss")
     assert again != made
+    again.write_bytes(again.read_bytes()[:60])  # cut short
+    assert query(path, film, tmp_path, "--engine", "faiss") == exact and again.stat().st_size > 60
+    again.unlink()
+    again.mkdir()  # where it can't be kept, the search goes on
+    capsys.readouterr()
+    assert query(path, film, tmp_path, "--engine", "faiss") == exact and "is not kept: " in capsys.readouterr().out
 
 
 def test_without_faiss_the_search_is_exact(films, rgb_index, tmp_path, monkeypatch, capsys):
@@ -302,20 +323,21 @@ def test_the_page_of_a_collection(films, rgb_index, tmp_path, capsys):
     assert all((out / "previews" / f["strip"][0]).is_file() and f["end"] is None for f in found["films"])
     assert len(found["maps"]["rgb"]) == 5
     assert [g["members"] for g in found["groups"]["rgb"]] == make_groups(search.matrix(held, "rgb"), 2).members
-    assert "0 of them of films that can't be read any more" in capsys.readouterr().out
+    assert "0 of their films can't be read any more" in capsys.readouterr().out
     videos.rename(tmp_path / "elsewhere")
     assert search.main(command) == 0
     moved = embedded(out / "index.html")
     said = capsys.readouterr().out
     assert [f["strip"] for f in moved["films"]] == [f["strip"] for f in found["films"]]
     assert all("doesn't exist" in f["missing"] for f in moved["films"])
-    assert said.count("doesn't exist") == 5 and "5 of them of films that can't be read any more; index" in said
+    assert said.count("doesn't exist") == 5 and "5 of their films can't be read any more; index" in said
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
 def test_bad_input(films, rgb_index, tmp_path):
     one = made_up(tmp_path / "one.npz", {"rgb": np.ones((1, 4))})
     five = made_up(tmp_path / "five.npz", {"rgb": np.random.default_rng(0).standard_normal((5, 4))})
+    none = made_up(tmp_path / "none.npz", {"rgb": np.ones((0, 4))})
     (tmp_path / "damaged.npz").write_bytes(five.read_bytes()[:300])
     np.savez(tmp_path / "other.npz", x=np.ones(3))
     (tmp_path / "empty.avi").touch()
@@ -323,6 +345,7 @@ def test_bad_input(films, rgb_index, tmp_path):
     video = str(films / "films" / "a.avi")
     for command, message in (
             (["groups", "--index", one, "--num", "1"], "one.npz holds one entry, and groups need two"),
+            (["groups", "--index", none, "--num", "1"], "none.npz holds no film; delete it, and index some"),
             (["groups", "--index", five, "--num", "6"], "--num 6 is more than the 5 entries of .*five.npz; choose 2"),
             (["groups", "--index", five, "--num", "2", "--view", "flow"], "--view flow: .* holds rgb only; index the "
                                                                           "films with --flow"),

@@ -42,6 +42,15 @@ def cut(file):
     file.write_bytes(file.read_bytes()[:-1000])
 
 
+def test_a_checkpoint_that_cannot_be_set_aside_is_an_error_message(two):
+    state = load_checkpoint(two)
+    (two / "checkpoint.1.pt").unlink()
+    (two / "checkpoint.1.pt").mkdir()  # where the one before should go
+    with pytest.raises(BadInput, match=r"checkpoint\.pt can't be written \(Is a directory\): make room, and the same"):
+        save_run(two, state, 2)
+    assert load_checkpoint(two / "checkpoint.new.pt")["step"] == state["step"]  # nothing is lost
+
+
 # --- a process that sees something else ------------------------------------------------------------------------------
 def test_all_processes_continue_from_what_the_first_one_read(tiny, forked, tmp_path):
     argv = command(tiny, "--batch-size", "4", "--epochs", "2", "--save-minutes", "1e-9")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.evaluation import in_two_processes
 from helpers.paths import ROOT
-from helpers.training import SMALL, log, poisoned, run, settings, weights
+from helpers.training import S3D, SMALL, log, poisoned, run, settings, weights
 
 import goca
 import model
@@ -59,11 +59,12 @@ def test_training_moves_every_weight_but_the_prototypes(tiny, whole):
     assert {k for k in before if k.endswith("weight")} <= moved
 
 
-def test_a_second_run_is_bit_identical(tiny, whole, tmp_path):
-    """Another process, with loader workers."""
+def test_a_second_run_is_bit_identical(tiny, tmp_path):
+    """Another process, with loader workers; the paper's backbone."""
+    assert run(tiny, tmp_path / "one", *S3D) == 0
     subprocess.run([sys.executable, str(ROOT / "pretrain.py"), *tiny.common(), "--prototypes", str(tiny.prototypes),
-                    "--out", str(tmp_path / "run"), *SMALL, "--workers", "2"], check=True, capture_output=True)
-    a, b = weights(whole), weights(tmp_path / "run")
+                    "--out", str(tmp_path / "two"), *SMALL, *S3D, "--workers", "2"], check=True, capture_output=True)
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -191,7 +192,7 @@ def test_plan_says_what_would_be_done_and_writes_nothing(tiny, tmp_path, capsys)
     operator = {"compiled": "compiled for cpu", "reference": "PyTorch reference"}[goca.implementation("cpu")]
     assert "2 steps an epoch, 14 in all" in said and "process-hours; nothing was written" in said
     for words in ("goca on ucf101 in", "20 videos (0 listed but absent, 0 that do not decode, 0 without flow)",
-                  "both views of 2 crops of 8 and 1 of 8 frames, 32 px; 0 loader processes",
+                  "both views of 2 crops of 4 and 1 of 4 frames, 16 px; 0 loader processes",
                   "M parameters, float32 on 1 x cpu, ",
                   "24 prototypes, ln N = 3.178; batch 10 x 1", "(7 epochs, 0 videos left out of each)",
                   "learning rate (lars): 4.8 at a batch of 640, scaled by sqrt(10/640); 0.0375 -> 0.6 in 1 epochs",
@@ -214,6 +215,13 @@ def test_presets_are_read(tiny, preset):
                             "--out", "o", "--epochs", "3"])
     assert s.epochs == 3 and s.size == {"cpu": 32, "ucf101-r2plus1d18": 112}.get(preset, 128)
     assert s.arch == ("r2plus1d18" if preset in ("cpu", "ucf101-r2plus1d18") else "s3d")
+
+
+def test_flags_of_a_file_with_a_byte_order_mark(tmp_path):
+    """As some editors save it."""
+    (tmp_path / "mine").write_text("--epochs 3  # few\n--size 64\n", encoding="utf-8-sig")
+    s = pretrain.arguments([f"@{tmp_path / 'mine'}", "--videos", "v", "--flow", "f", "--prototypes", "p", "--out", "o"])
+    assert (s.epochs, s.size) == (3, 64)
 
 
 def test_the_plan_names_a_rate_that_was_given():
@@ -267,7 +275,8 @@ def test_settings_that_may_change_are_listed_when_they_do(tiny, whole, tmp_path,
 
 
 @pytest.mark.parametrize(("more", "words"), [
-    (["--batch-size", "21"], "more than the 20 videos"), (["--lambda1", "0"], "--lambda1: 0 must be a number above 0"),
+    (["--batch-size", "21"], "more than the 20 videos"), (["--batch-size", "1"], "--batch-size 1: one video has no"),
+    (["--lambda1", "0"], "--lambda1: 0 must be a number above 0"),
     (["--lr", "nan"], "--lr: nan must be a number above 0, and finite"), (["--lr", "-1"], "--lr: -1 must be"),
     (["--temperature", "inf"], "--temperature: inf must be"), (["--timeout", "nan"], "--timeout: nan"),
     (["--weight-decay", "nan"], "--weight-decay: nan must be"), (["--max-faults", "nan"], "--max-faults: nan"),
@@ -278,7 +287,7 @@ def test_settings_that_may_change_are_listed_when_they_do(tiny, whole, tmp_path,
     (["--compile", "--recompute"], "don't go together"),
     (["--prototypes", "absent.npz"], "absent.npz doesn't exist; make it with: python prototypes.py"),
     (["--flow", "absent"], "absent is no flow store"), (["--scale", "0.5", "1"], "must be 1 <= LOW <= HIGH"),
-    (["--short-frames", "4"], "clips of 4 frames and 32 px are too small for s3d.*raise --frames"),
+    (["--arch", "s3d", "--size", "32"], "clips of 4 frames and 32 px are too small for s3d.*raise --frames"),
     (["--device", "cuda"], "torch sees no GPU")])
 def test_bad_arguments_get_a_sentence(tiny, tmp_path, more, words):
     if more[0] == "--device" and torch.cuda.is_available():

@@ -63,6 +63,7 @@ def test_batches_keep_the_uneven_rest():
         assert [batches.rows(1)[r] for r in range(world)] == [len(p[1]) for p in parts]
     assert EpochBatches(20, 6, 1, world=3, keep_last=True).steps_per_epoch == 1  # a rest of 2 is too few
     assert EpochBatches(20, 6, 1, world=2, keep_last=True).steps_per_epoch == 2
+    assert EpochBatches(21, 10, 1, keep_last=True).steps_per_epoch == 2  # nor is one video a batch
 
 
 def test_a_dying_process_under_torchrun_is_started_again_and_nothing_is_lost(tiny, forked, tmp_path):

@@ -12,6 +12,8 @@ from helpers.evaluation import in_two_processes
 from helpers.paths import ROOT
 from helpers.small_runs import command
 
+import evaluate
+from support import cli
 from support.checkpoints import load_checkpoint
 
 
@@ -52,6 +54,27 @@ def test_a_signal_to_torchrun_lets_its_processes_save_and_end(tiny, tmp_path, si
     text = (tmp_path / "said").read_text()
     assert not left and text.count(words) == 1, text
     assert load_checkpoint(tmp_path / "run")["step"] % 2 == 0  # whole steps alone are saved
+
+
+def test_what_all_processes_find_is_said_once(tiny, tmp_path):
+    """Before they form a group, where each looks for itself."""
+    said = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+                           str(29900 + os.getpid() % 90), str(ROOT / "evaluate.py"), "retrieval", *tiny.common(),
+                           "--checkpoint", "none", "--json", "/proc/x.json"], capture_output=True, text=True).stderr
+    assert said.count("error: --json /proc/x.json can't be written") == 1, said
+
+
+def test_what_one_process_finds_is_said_by_it(monkeypatch, capsys):
+    """After it left the first one the time to say the same, upon which torchrun would end this one."""
+    waits = []
+    monkeypatch.setattr(cli.time, "sleep", waits.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for argv in (["retrieval", "--dataset", "nosuch"], ["retrieval", "--json", "/proc/x.json"]):
+        with pytest.raises(SystemExit) as end:
+            cli.command_line(lambda argv=argv: evaluate.evaluate(evaluate.arguments(
+                [*argv, "--videos", "v", "--flow", "f", "--checkpoint", "none"])))
+        assert end.value.code == 2 and len(capsys.readouterr().err) > 20
+    assert waits == [2, 2]
 
 
 def test_bad_input_is_said_by_one_process(tiny, forked, tmp_path):

@@ -21,6 +21,15 @@ def new_log(before=None, world=1, **k):
     return training_log.Log(Path("run"), settings(**k), 0, world, 0, 10, 2, math.log(100), before)
 
 
+def test_a_full_disk_is_an_error_message():
+    """/dev/full: what is written to it finds no room."""
+    log = new_log()
+    log.file = open("/dev/full", "a", buffering=1)
+    log.add(torch.tensor(2.0), [""], 8)
+    with pytest.raises(BadInput, match=r"run/log\.jsonl can't be written \(No space left on device\): make room"):
+        log.line(1, {"entropy": 1.0, "prototypes_in_use": 9, "lr": 0.1, "rank": 5.0})
+
+
 # --- time ------------------------------------------------------------------------------------------------------------
 class Clock:
     """In place of time: it stands until it is moved."""
