@@ -24,7 +24,7 @@ build: $(VENV)/installed
 	$(BIN)/python setup.py -q build_ext --inplace
 
 # Films, flow, prototypes, pre-training, retrieval, a page: every stage by its own command. Interrupted, it goes on.
-# make demo SEED=7 DEMO=demo7 runs another seed into another folder. EPOCHS=36 takes a quarter longer in all, and RGB
+# make demo SEED=7 DEMO=demo7 runs another seed into another folder. With EPOCHS=36 it trains for longer, and RGB
 # learns more.
 SEED ?= 0
 EPOCHS ?= 28

@@ -211,7 +211,8 @@ def train_in(process, s):
     batches = EpochBatches(len(videos), s.batch_size, s.epochs, s.seed, rank, world, keep_last=s.keep_last)
     per_epoch = batches.steps_per_epoch
     settings = {**vars(s), "global_batch": s.batch_size * world, "flow_header": store and store.header,
-                "rgb_fps": clips.rgb.header.get("fps", 0) if clips.rgb else 0, "train_videos": len(videos)}
+                "rgb_fps": next((each.header.get("fps", 0) for each in (clips.rgb, clips.store) if each), 0),
+                "train_videos": len(videos)}
     check_same_on_all_ranks(config_fingerprint(s, settings, videos, prototypes))
     out = Path(s.out)
     start, log_state = continue_run(out, s, settings, core, optimizer, per_epoch, say)

@@ -16,7 +16,7 @@ from support.files import atomic
 from support.metrics import nearest
 
 RECALL, K, PROBES = 0.95, 10, 200  # of the K nearest; measured on so many rows
-POINTS = 64  # rows a cell that k-means learns from: a quarter of FAISS's own number, in a quarter of the time
+POINTS = 64  # rows a cell that k-means learns from, at most: a quarter of FAISS's own number, so a quarter of its work
 
 
 def installed():

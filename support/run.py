@@ -247,6 +247,6 @@ def named_failures(out_of_memory, timeout):
             raise
         reason = reason.split(". This is typically")[0]  # gloo's advice
         print(f"error: process {rank} lost the others ({reason}): one ended, or hung for longer than "
-              f"--timeout {timeout:g} s; look for its message. The same command continues from the last checkpoint",
+              f"{timeout:g} s; look for its message. The same command continues from what was saved last",
               file=sys.stderr, flush=True)
         sys.exit(EXIT_LOST)

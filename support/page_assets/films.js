@@ -152,7 +152,13 @@ function card(i, { rank = null, similarity = null, mark = "", note = "" } = {}) 
     .join(", ");
   return make(
     "button",
-    { type: "button", class: `card ${mark}`, "data-film": i, "aria-label": label, onclick: (event) => choose(i, event.detail === 0) },
+    {
+      type: "button",
+      class: `card ${mark}`,
+      "data-film": i,
+      "aria-label": label,
+      onclick: (event) => choose(i, event.detail === 0),
+    },
     picture(i),
     film.missing ? make("span", { class: "badge" }, "missing") : null,
     caption(i, similarity),

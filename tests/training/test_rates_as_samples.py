@@ -43,3 +43,4 @@ def test_clips_of_films_of_different_rates_last_as_long(tiny, rates, tmp_path, i
     assert pretrain.train(s) == 0
     first, last = log(tmp_path / "run")
     assert first["videos"] == 2 and last["step"] == 1 and last["skipped"] == 0
+    assert first["settings"]["rgb_fps"] == 6  # so that RGB is evaluated at no other rate
