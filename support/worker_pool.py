@@ -140,7 +140,7 @@ class _Worker:
 
 def _start_server(context):
     """The process from which the others are forked. Raises BadInput where it can't be started."""
-    context.set_forkserver_preload(["torch", "cv2"])
+    context.set_forkserver_preload(["torch", "cv2", "av"])  # what takes longest to import, once for all
     handler = None
     with suppress(ValueError):  # in another thread than the main one Ctrl-C needs no care
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the server inherits: it still imports
