@@ -8,13 +8,13 @@ Out  RUN/log.jsonl (one JSON object a line; the first holds command, commit and 
     python pretrain.py --dataset folder --videos my_videos --flow flow/mine --prototypes prototypes.npz --out runs/mine
     python pretrain.py --dataset folder --videos my_videos --views rgb --prototypes prototypes.npz --out runs/rgb
 
-One step: each video's long and short crops of both views go through the two backbones and the head to unit features,
-their products with the prototypes are the scores, the long crops' scores are assigned (guided by the other view), and
-every crop predicts the assignments of the video's other long crops. Of one view (--views) this is SwAV. The same
-command continues an interrupted run.
+One step: each video's long and short crops of both views go through the two backbones and the
+head to unit features, their products with the prototypes are the scores, the long crops' scores are
+assigned (guided by the other view), and every crop predicts the assignments of the video's other
+long crops. Of one view (--views) this is SwAV. The same command continues an interrupted run.
 
-Watch `loss` against ln N (6.908 for 1000 prototypes): a loss that stays there has collapsed. Defaults are the paper's;
-docs/paper.md lists what the paper leaves open and what was chosen.
+Watch `loss` against ln N (6.908 for 1000 prototypes): a loss that stays there has collapsed.
+Defaults are the paper's; docs/paper.md lists what the paper leaves open and what was chosen.
 """
 
 import hashlib
@@ -63,28 +63,30 @@ from support.watchdog import end_process_group
 def schedule(step, steps_per_epoch, s):
     """What a step's epoch says -> (prior_views, the view that ViCC leaves as it is, or None).
 
-    prior_views: whether rgb's, and whether flow's assignment takes the other view's as its prior D' in Eq. 6. Below
-    --guide-start neither does: both are assigned by Eq. 5, as in Sep. From there on both do (Eqs. 6, 7; the paper, with
-    --guide-start 0). With --lead flow only rgb does while epoch < --lead-epochs: flow's target is its own (Eq. 5), so
-    that rgb, which may be confident of colour first, can't spoil it; rgb's is guided by flow. --lead rgb likewise.
+    prior_views: whether rgb's, and whether flow's assignment takes the other view's as its prior D'
+    in Eq. 6. Below --guide-start neither does: both are assigned by Eq. 5, as in Sep. From there on
+    both do (Eqs. 6, 7; the paper, with --guide-start 0). With --lead flow only rgb does while
+    epoch < --lead-epochs: flow's target is its own (Eq. 5), so that rgb, which may be confident of
+    colour first, can't spoil it; rgb's is guided by flow. --lead rgb likewise.
     """
     epoch = step // steps_per_epoch
     guided = s.method == "goca" and epoch >= s.guide_start
     leader = s.lead if epoch < s.lead_epochs else "none"
-    frozen = model.VIEWS[1 - epoch // s.alternate % 2] if s.method == "vicc" else None  # RGB learns first
+    other = model.VIEWS[1 - epoch // s.alternate % 2]  # RGB learns first
+    frozen = other if s.method == "vicc" else None
     return tuple(guided and view != leader for view in model.VIEWS), frozen
 
 
 def assign(batch_scores, s, prior_views):
-    """log D of the whole batch: scores of the assigning crops [G, A, M, N] -> [G, A, M, N] (Eqs. 5-7)."""
+    """log D of the whole batch (Eqs. 5-7): scores of the assigning crops [G, A, M, N] -> [G, A, M, N]."""
     if any(prior_views):
-        return goca.guided_assign(batch_scores, s.lambda1, s.lambda2, s.iters, prior_sign=s.prior_sign,
-                                  prior_views=prior_views, check_finite=False)
+        return goca.guided_assign(batch_scores, s.lambda1, s.lambda2, s.iters,
+                                  prior_sign=s.prior_sign, prior_views=prior_views, check_finite=False)
     return goca.assign(batch_scores, s.lambda1, iters=s.iters, check_finite=False)
 
 
 def cross_view_loss(scores, log_d, temperature):
-    """ViCC's loss: each assignment is predicted by all crops of both views but the one that it comes from.
+    """ViCC's loss: each assignment is predicted by all crops of both views but the one it comes from.
 
     scores [2, V, m, N], log_d [2, A, m, N] -> scalar, mean over samples and pairs.
     """
@@ -92,14 +94,15 @@ def cross_view_loss(scores, log_d, temperature):
         log_g = F.log_softmax(scores.float() / temperature, dim=-1)
         pairs = -torch.einsum("gamn,hvmn->gahv", log_d.exp(), log_g) / scores.shape[2]
     _, A, _, V = pairs.shape
-    own = torch.eye(2, device=pairs.device)[:, None, :, None] * torch.eye(A, V, device=pairs.device)[:, None]
+    same_view, same_crop = torch.eye(2, device=pairs.device), torch.eye(A, V, device=pairs.device)
+    own = same_view[:, None, :, None] * same_crop[:, None]  # [2, A, 2, V]
     return (pairs * (1 - own)).sum() / (2 * A * (2 * V - 1))
 
 
 def own_samples(m, rows):
     """This process's m samples among the M of all -> their slice, and the weight of their mean.
 
-    rows: the number of each process; the mean over processes of weight * mean is that over all samples.
+    rows: the number of each process. The mean over processes of weight * mean is that over all.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     rows = rows or [m] * world
@@ -108,11 +111,11 @@ def own_samples(m, rows):
 
 
 def step_loss(net, clips, s, prior_views, frozen=None, rows=None):
-    """Loss of one step on this process's videos (Eqs. 12, 13); its mean over processes is that over all samples.
+    """Loss of one step on this process's videos (Eqs. 12, 13); its mean over processes is that over all.
 
     rows: the number of videos of each process (default: as many as here).
-    -> scalar; of the whole batch, scores of the assigning crops [G, 2, M, N] and their features [G, 2, M, d]; of this
-    process, the scores of all crops [G, V, m, N].
+    -> scalar; of the whole batch, scores of the assigning crops [G, 2, M, N] and their features
+    [G, 2, M, d]; of this process, the scores of all crops [G, V, m, N].
     """
     core = net.module if isinstance(net, nn.parallel.DistributedDataParallel) else net
     features, scores = net(clips, frozen, scored=True)  # [G, V, m, d], [G, V, m, N]
@@ -122,8 +125,8 @@ def step_loss(net, clips, s, prior_views, frozen=None, rows=None):
     if any(prior_views):
         loss = goca.guided_loss(scores, n_assign=2, lambda1=s.lambda1, lambda2=s.lambda2,
                                 temperature=s.temperature, iters=s.iters, prior_sign=s.prior_sign,
-                                prior_views=prior_views, batch_scores=batch_scores, first_row=own.start,
-                                check_finite=False)
+                                prior_views=prior_views, batch_scores=batch_scores,
+                                first_row=own.start, check_finite=False)
     else:
         log_d = assign(batch_scores, s, prior_views)[:, :, own]  # [G, 2, m, N]
         loss = (cross_view_loss(scores, log_d, s.temperature) if s.method == "vicc" else
@@ -143,7 +146,8 @@ def train_steps(run, s, device):
         clips = data.augment(batch, device)  # both views, float32
         with run.gradient_sync():  # gradients are shared between processes once an update
             with model.precision(device):
-                loss, batch_scores, features, scores = step_loss(run.net, clips, s, prior_views, frozen, run.rows)
+                loss, batch_scores, features, scores = step_loss(run.net, clips, s, prior_views,
+                                                                 frozen, run.rows)
             (loss / run.accumulation_steps).backward()
         run.update(loss)  # the optimizer's step, unless a gradient is not finite
         if run.log_due:
@@ -155,12 +159,12 @@ def train_steps(run, s, device):
 
 @torch.no_grad()
 def describe(log_d, features):
-    """What to watch besides the loss: log D [G, A, M, N], unit features [G, A, M, d] -> dict of numbers."""
+    """What to watch besides the loss: log D [G, A, M, N], unit features [G, A, M, d] -> numbers."""
     d = log_d.exp()
     top = log_d.argmax(-1)  # [G, A, M]
-    entropy = -(d * log_d).sum(-1).mean((1, 2))  # [G], of an assignment, in nats; ln N if it says nothing
-    spread = torch.linalg.svdvals(features.flatten(1, 2).float().nan_to_num()).square()  # [G, min(A M, d)]
-    spread = spread / spread.sum(-1, keepdim=True)
+    entropy = -(d * log_d).sum(-1).mean((1, 2))  # [G], of an assignment, in nats; ln N: says nothing
+    spread = torch.linalg.svdvals(features.flatten(1, 2).float().nan_to_num()).square()
+    spread = spread / spread.sum(-1, keepdim=True)  # [G, min(A M, d)]
     # effective dimensions of a view's features: exp of the entropy of the squared singular values
     effective_rank = torch.special.entr(spread).sum(-1).exp()  # [G]
     out = {"entropy": entropy.mean().item(), "prototypes_in_use": top.unique().numel(),
@@ -170,19 +174,20 @@ def describe(log_d, features):
         return out
     out["views_agree"] = (top[0] == top[1]).float().mean().item()
     for g, view in enumerate(model.VIEWS):
-        out |= {f"entropy_{view}": entropy[g].item(), f"effective_rank_{view}": effective_rank[g].item(),
+        out |= {f"entropy_{view}": entropy[g].item(),
+                f"effective_rank_{view}": effective_rank[g].item(),
                 f"prototypes_in_use_{view}": top[g].unique().numel()}
     return out
 
 
 @torch.no_grad()
 def loss_by_view(scores, log_d, s, rows):
-    """Each view's part of this step's loss, where it has one: own scores [G, V, m, N], log D [G, A, M, N] -> dict."""
+    """Each view's part of the loss, where it has one: own scores [G, V, m, N], log D [G, A, M, N] -> dict."""
     if len(scores) < 2 or s.method == "vicc":
         return {}
     own, weight = own_samples(scores.shape[2], rows)
-    losses = torch.stack([goca.swapped_loss(scores[g:g + 1], log_d[g:g + 1, :, own], s.temperature, check_finite=False)
-                          for g in (0, 1)]) * weight
+    losses = torch.stack([goca.swapped_loss(scores[g:g + 1], log_d[g:g + 1, :, own], s.temperature,
+                                            check_finite=False) for g in (0, 1)]) * weight
     if dist.is_initialized():
         dist.all_reduce(losses)
         losses /= dist.get_world_size()
