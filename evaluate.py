@@ -48,7 +48,7 @@ from support.features import (
 from support.files import atomic, check_writable
 from support.kmeans import kmeans
 from support.metrics import KS, accuracy, cluster_scores, nearest, recall
-from support.reporting import mean_of_splits, print_classes, print_left_out, print_results, protocol_in_words
+from support.reporting import mean_of_splits, print_classes, print_results, print_skipped, protocol_in_words
 from support.run import named_failures
 from support.segments import expand
 from support.stores import FlowStore, RgbStore
@@ -139,7 +139,7 @@ def features_command(env, split):
         return None
     return {"results": {v: {"train videos": len(train.videos), "test videos": len(test.videos),
                             "dimensions": train.values[v].shape[1]} for v in train.values},
-            "left_out": train.left_out + test.left_out}
+            "left_out": train.skipped + test.skipped}
 
 
 def retrieval(env, split):
@@ -160,7 +160,7 @@ def retrieval(env, split):
             if own.any():
                 found = recall(near[own], queries.labels[own], gallery.labels)
                 by_class[view][name] = {"videos": int(own.sum()), **{j: found[j] for j in ("R@1", "R@5") if j in found}}
-    return {"results": results, "per_class": by_class, "left_out": gallery.left_out + queries.left_out,
+    return {"results": results, "per_class": by_class, "left_out": gallery.skipped + queries.skipped,
             "classes": gallery.classes, "gallery": listed(env, gallery.videos), "queries": listed(env, queries.videos),
             "neighbours": lists, "protocol": {"gallery": len(gallery.videos), "queries": len(queries.videos),
                                               "classes": len(gallery.classes), "metric": "cosine"}}
@@ -180,7 +180,7 @@ def cluster(env, split):
         results[view] = {}
         for name, value in scores.items():
             results[view] |= {name: value.mean().item(), f"{name} deviation": value.std(correction=0).item()}
-    return {"results": results, "left_out": test.left_out,
+    return {"results": results, "left_out": test.skipped,
             "protocol": {"videos": len(test.videos), "classes": k, "clusters": k, "runs": s.runs, "seed": s.seed,
                          "metric": "Euclidean, of unit features"}}
 
@@ -222,7 +222,7 @@ def linear_on_features(env, split):
         return predict_features(classifier, [test.values[v] for v in views], env.device)
 
     p = probabilities_by_view(env.s, predict)
-    return {**classification(env, p, test.videos, train.classes), "left_out": train.left_out + test.left_out,
+    return {**classification(env, p, test.videos, train.classes), "left_out": train.skipped + test.skipped,
             "protocol": {"train": len(train.videos), "test": len(test.videos), "classes": len(train.classes)}}
 
 
@@ -261,8 +261,8 @@ def on_clips(env, split):
     p = probabilities_by_view(s, predict)
     if env.rank:
         return None
-    left_out = train.left_out() + test.left_out() + faults
-    return {**classification(env, p, [test.videos[i] for i in seen[0]], train.classes), "left_out": left_out,
+    skipped = train.skipped() + test.skipped() + faults
+    return {**classification(env, p, [test.videos[i] for i in seen[0]], train.classes), "left_out": skipped,
             "protocol": {"train": len(train.videos), "test": len(seen[0]), "classes": len(train.classes)}}
 
 
@@ -358,7 +358,7 @@ def evaluate(s):
         for split, e in zip(s.split, each, strict=True):
             print(f"split {split}")
             print_classes(e["per_class"])
-    print_left_out([line for e in each for line in e["left_out"]])
+    print_skipped([line for e in each for line in e["left_out"]])
     seconds = time.perf_counter() - began
     print(f"{s.command} in {seconds:.0f} s on {world} process(es), {device}")
     if s.json:

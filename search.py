@@ -95,12 +95,12 @@ def index(s):
     faults += [fault for each in every for fault in each]
     held, *_ = bring_up_to_date(s.out, header, store)
     for fault in faults:
-        say(f"left out: {fault}")
+        say(f"skipped: {fault}")
     if held is None:
         raise BadInput(f"none of the films below {s.videos} can be read; the first: {faults[0]}")
     say(f"{s.out} holds {len(held.files)} {'pieces' if s.segment else 'films'} by {' and '.join(header['views'])}; "
         f"{len(todo)} made anew in {time.perf_counter() - began:.0f} s on {world} process(es), {device}; "
-        f"{len(faults)} left out")
+        f"{len(faults)} skipped")
     return 0
 
 

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 import torch
 
-from support.errors import BadInput, Unreadable
+from support.errors import BadInput, TemporaryFailure
 from support.files import atomic, writing
 from support.optim import learning_rate
 
@@ -51,7 +51,7 @@ def load_checkpoint(path):
 
     Raises BadInput where it is missing or may not be read, Damaged where it is damaged, of another version, or holds
     anything but tensors and plain values (torch.load(weights_only=True): a pickle that would run code is refused), and
-    Unreadable where the disk, the network or the memory failed, which says nothing about the file.
+    TemporaryFailure where the disk, the network or the memory failed, which says nothing about the file.
     """
     file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
@@ -60,16 +60,16 @@ def load_checkpoint(path):
         raise BadInput(f"{file} doesn't exist; pretrain.py writes it: give its --out folder, or a file from "
                        f"there") from None
     except MemoryError as e:
-        raise Unreadable(f"{file} does not fit into the memory that is left; it may be good") from e
+        raise TemporaryFailure(f"{file} does not fit into the memory that is left; it may be good") from e
     except OSError as e:
-        kind = BadInput if e.errno in (errno.EACCES, errno.EPERM, errno.EISDIR) else Unreadable
+        kind = BadInput if e.errno in (errno.EACCES, errno.EPERM, errno.EISDIR) else TemporaryFailure
         raise kind(f"{file} can't be read ({e.strerror}); it may be good: check its permissions, its disk and the "
                    f"network, and the same command continues") from e
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as e:  # torch, zipfile and pickle each have their own words
         if isinstance(e, MemoryError) or "can't allocate memory" in str(e):
-            raise Unreadable(f"{file} does not fit into the memory that is left; it may be good") from e
+            raise TemporaryFailure(f"{file} does not fit into the memory that is left; it may be good") from e
         why = ("it is empty" if not content else
                "it holds more than tensors and plain values, which could run code and is not read"
                if isinstance(e, pickle.UnpicklingError) and content.startswith(b"PK\3\4") else
@@ -151,8 +151,8 @@ def lock(out, seconds=0.0):
     """Keep other runs out of `out`, and remove what a killed one left half written -> a context, at whose end (or that
     of this process) others may run there. Where the file system can't lock, a message says so.
 
-    seconds: how long to wait for a run that is about to end. Raises BadInput, naming it, where there is one; Unreadable
-    after waiting, for a server may keep the lock of a machine that is gone for longer.
+    seconds: how long to wait for a run that is about to end. Raises BadInput, naming it, where there is one;
+    TemporaryFailure after waiting, for a server may keep the lock of a machine that is gone for longer.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ def lock(out, seconds=0.0):
                 return nullcontext()
             if time.monotonic() >= until:
                 file.seek(0)
-                raise (Unreadable if seconds else BadInput)(
+                raise (TemporaryFailure if seconds else BadInput)(
                     f"another run is training in {out} ({file.read().strip() or 'unknown process'}): wait for its end, "
                     f"or give another --out; if its machine is gone, remove {out / 'lock'}") from None
             time.sleep(1)

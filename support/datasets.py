@@ -34,7 +34,7 @@ class VideoSet(NamedTuple):
     unused: tuple = ()  # a message for each that is there and listed, but of no class or without flow
     notes: tuple = ()  # messages: what the folders and lists were taken for, and what was passed over
 
-    def left_out(self):
+    def skipped(self):
         """A message for each video that is listed and not used."""
         return [*(f"{name}: listed, but absent" for name in self.absent), *self.unused]
 

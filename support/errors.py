@@ -1,4 +1,8 @@
-"""What the user can mend: the two errors that end a command with a message in place of a traceback."""
+"""What the user can mend: the two errors that end a command with a message in place of a traceback.
+
+A video that can't be used ends none: it is skipped, which means that it is counted and named. Why is its fault, a
+message that begins with its name; all stages print it as `skipped: <fault>`.
+"""
 
 import os
 
@@ -12,7 +16,7 @@ class BadInput(ValueError):
     printed = None  # True: another process prints it; False: this one, for all; None: each has it for itself
 
 
-class Unreadable(BadInput):
-    """A file that may be well, and which another start may be able to read: status 75."""
+class TemporaryFailure(BadInput):
+    """The file or the processes may be well, and another start may succeed: status 75, as sysexits.h has it."""
 
     status = os.EX_TEMPFAIL

@@ -44,7 +44,7 @@ class Features(NamedTuple):
     labels: torch.Tensor  # int64 [n]
     videos: list  # of datasets.Video
     classes: list  # names
-    left_out: list  # messages: what is listed and not among the n
+    skipped: list  # messages: what is listed and not among the n
 
 
 def load_network(s):
@@ -223,7 +223,7 @@ def load_or_extract(net, found, store, s, device, what, rank=0, world=1, whole=N
         raise BadInput(f"none of the {len(videos)} {what} videos can be read; the first: {faults[0]}")
     return Features({v: torch.from_numpy(joined[v]) for v in net.backbones}, torch.from_numpy(joined["labels"]),
                     [videos[i] for i in joined["kept"]], found.classes,
-                    found.left_out() + faults)
+                    found.skipped() + faults)
 
 
 def _extract_all(net, videos, store, s, device, what, path, rank, world, rgb):

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate, default_convert, get_worker_info
 
-from support.errors import BadInput, Unreadable
+from support.errors import BadInput, TemporaryFailure
 
 SHARED_MEMORY = "/dev/shm"  # through which processes hand over tensors; 64 MB in a container of Docker's defaults
 AHEAD = 2  # batches that each process may have ready, DataLoader's prefetch_factor
@@ -128,7 +128,8 @@ class Loader:
     clips: a `Clips`. after(done) -> the DataLoader's `sampler` or `batch_sampler`, and what belongs to it, once `done`
     of its items have come.
     Raises RuntimeError, torch's, where processes end without a batch between them: it is then not the files. Raises
-    BadInput where shared memory is too small, Unreadable where a batch takes several times what its items may take.
+    BadInput where shared memory is too small, TemporaryFailure where a batch takes several times what its items may
+    take.
     """
 
     MAX_RESTARTS = 3
@@ -150,8 +151,8 @@ class Loader:
         return loader, 2 * self.clips.time_limit * (batch or 1) + self.PATIENCE
 
     def _items(self, loader, limit):
-        """What a DataLoader gives; Unreadable where it gives nothing for `limit` seconds. At each of its own, shorter
-        time-outs it looks whether its processes live, and can be asked again."""
+        """What a DataLoader gives; TemporaryFailure where it gives nothing for `limit` seconds. At each of its own,
+        shorter time-outs it looks whether its processes live, and can be asked again."""
         with no_collection():
             items, since = iter(loader), time.monotonic()
         with suppress(ValueError):  # of another thread than the main one
@@ -169,8 +170,8 @@ class Loader:
                 if "DataLoader timed out" not in str(e):
                     raise
                 if time.monotonic() - since > limit:
-                    raise Unreadable(f"loader processes gave nothing for {limit:g} s; see whether the videos' disk "
-                                     f"is well") from e
+                    raise TemporaryFailure(f"loader processes gave nothing for {limit:g} s; see whether the "
+                                           f"videos' disk is well") from e
                 continue
             yield item
             since = time.monotonic()

@@ -1,4 +1,4 @@
-"""What evaluation prints: the protocol in words, tables by view and by class, what was left out."""
+"""What evaluation prints: the protocol in words, tables by view and by class, what was skipped."""
 
 import math
 
@@ -14,12 +14,12 @@ def protocol_in_words(p):
     return "; ".join(filter(None, parts))
 
 
-def print_left_out(lines):
+def print_skipped(lines):
     """Print what was listed and could not be evaluated."""
     for line in lines[:10]:
-        print(f"left out: {line}")
+        print(f"skipped: {line}")
     if lines:
-        print(f"{len(lines)} videos were left out of this evaluation; the numbers are not those of the whole data "
+        print(f"{len(lines)} videos were skipped in this evaluation; the numbers are not those of the whole data "
               f"set. To try them again once mended, remove the file of features named above, if one is")
 
 

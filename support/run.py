@@ -173,7 +173,7 @@ class Run:
                                or self.step % (self.save_every * self.steps_per_epoch) == 0)
         if not self.is_update_step:  # part of an update can't be saved
             return False
-        # processes learn of each other's unreadable videos where a line of the log is written
+        # processes learn of each other's skipped videos where a line of the log is written
         count = self.videos and (self.world == 1 or self.log_due)
         too_many_failures = self.log.too_many_faults(self.videos) if count else None
         if self.checkpoint_due or self.stop_requested or too_many_failures:

@@ -105,7 +105,7 @@ def run_flags(g, more):
     more("--recompute", action="store_true", help="less memory: activations again in the backward pass")
     g.add_argument("--plan", action="store_true", help="say what would be done, time a few steps, and leave")
     more("--time-limit", type=positive, default=60, help="seconds for one video's clips")
-    more("--max-faults", type=non_negative, default=0.01, help="share of unreadable videos at which the run stops")
+    more("--max-faults", type=non_negative, default=0.01, help="share of videos skipped at which the run stops")
     more("--timeout", type=positive, default=600, help="of several processes: seconds for a step")
     more("--cache", action="store_true", help="keep decoded videos in memory, once a loader process")
     more("--log-every", type=positive_int, default=20, help="steps")

@@ -178,7 +178,7 @@ class Log:
             yield batch
 
     def add(self, loss, faults, videos):
-        """One batch: its loss, left on the device; its unreadable videos; the number of videos of all processes."""
+        """One batch: its loss, left on the device; why videos of it were skipped; the number of videos of all."""
         self.losses.append(loss.detach())
         self.videos += videos
         for fault in faults:

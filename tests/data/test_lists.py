@@ -146,7 +146,7 @@ def test_a_class_that_classind_lacks_is_not_called_absent(tmp_path, films):
     assert any("classInd.txt lacks 1 classes of listed videos that are there (Jump High)" in n for n in found.notes)
     settings = SimpleNamespace(dataset="ucf101", videos=videos, splits=splits, command="retrieval")
     env = SimpleNamespace(s=settings, rank=0, films=None, store=None, rgb=None)
-    assert evaluate.labelled_videos(env, 1, "train").left_out() == [
+    assert evaluate.labelled_videos(env, 1, "train").skipped() == [
         "Walk/v_gone: listed, but absent", "Jump High/v_b: there, but of no class"]
 
 

@@ -20,7 +20,7 @@ import data
 from experiments.bench.loader import long_film
 from support.avi import write_avi
 from support.datasets import read_split
-from support.errors import Unreadable
+from support.errors import TemporaryFailure
 from support.loader import Clips, Loader
 from support.stores import FlowStore
 from support.videos import frames_at
@@ -129,7 +129,7 @@ def test_processes_that_fall_silent_are_given_up(monkeypatch, batch):
 
     monkeypatch.setattr("support.loader.time", SimpleNamespace(monotonic=clock))
     monkeypatch.setattr(Loader, "LOOK_EVERY", 1)
-    with pytest.raises(Unreadable, match=r"loader processes gave nothing for 60\.2 s; see"):
+    with pytest.raises(TemporaryFailure, match=r"loader processes gave nothing for 60\.2 s; see"):
         for item in Loader(Silent(list("abcdef")), lambda done: {"batch_size": batch, "sampler": range(done, 6)}, 1):
             got.append(int(item))
     assert got == [0, 1] and 3 <= len(looks) <= 4

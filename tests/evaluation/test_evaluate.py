@@ -40,7 +40,7 @@ def test_features_are_the_mean_of_the_views(tiny, protocol, stride):
     found, store = read_split("ucf101", tiny.videos, tiny.splits), FlowStore(tiny.flow)
     found = found._replace(videos=found.videos[:3])
     f = features.load_or_extract(net, found, store, s, torch.device("cpu"), "x")
-    assert len(f.videos) == 3 and f.left_out == []
+    assert len(f.videos) == 3 and f.skipped == []
     clips = data.TestClips(found.videos, store, protocol=protocol, frames=4, size=16, stride=stride)[1]
     with torch.no_grad():
         each = net.features("flow", data.normalise_flow(clips["flow"]))
@@ -245,7 +245,7 @@ def test_several_splits_and_their_mean(tiny, monkeypatch, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input
 # ---------------------------------------------------------------------------------------------------------------------
-def test_unreadable_videos_are_left_out_and_counted(tiny, tmp_path, capsys):
+def test_unreadable_videos_are_skipped_and_counted(tiny, tmp_path, capsys):
     store = tmp_path / "flow"
     store.mkdir()
     (store / "header.json").write_text((tiny.flow / "header.json").read_text())
@@ -254,7 +254,7 @@ def test_unreadable_videos_are_left_out_and_counted(tiny, tmp_path, capsys):
         (store / p.relative_to(tiny.flow)).symlink_to(p)
     assert command(tiny, "retrieval", *UNTRAINED, "--flow", str(store)) == 0
     out = capsys.readouterr().out
-    assert "1 videos were left out" in out and "has no flow of" in out
+    assert "1 videos were skipped" in out and "has no flow of" in out
 
 
 def test_unreadable_training_videos_are_said(tiny, tmp_path, capsys):

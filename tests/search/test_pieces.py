@@ -123,7 +123,7 @@ def test_a_segment_more_is_indexed_and_a_film_without_flow_is_named(cut, tmp_pat
     out, how = tmp_path / "i.npz", ("--flow", str(tmp_path / "flow"))
     assert index(cut, out, *how, videos=tmp_path / "v") == 0
     said = capsys.readouterr().out
-    assert len(load_collection(out).files) == 4 and "left out: " in said and "has no flow of other" in said
+    assert len(load_collection(out).files) == 4 and "skipped: " in said and "has no flow of other" in said
     (tmp_path / "last").rename(tmp_path / "flow" / "long@30.avi")
     assert index(cut, out, *how, videos=tmp_path / "v") == 0
     assert "1 changed" in capsys.readouterr().out and len(load_collection(out).files) == 5

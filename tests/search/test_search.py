@@ -152,8 +152,8 @@ def test_films_that_cannot_be_read_are_counted_and_named(films, tmp_path, capsys
     assert index(films, tmp_path / "i.npz", videos=videos) == 0
     said = capsys.readouterr().out
     assert "passed over: 1 files" in said and ".xyz 1" in said
-    assert "left out: " in said and "empty.avi is empty" in said and "text.mp4 holds no frame" in said
-    assert "holds 1 films by rgb" in said and "2 left out" in said
+    assert "skipped: " in said and "empty.avi is empty" in said and "text.mp4 holds no frame" in said
+    assert "holds 1 films by rgb" in said and "2 skipped" in said
     (videos / "good.avi").unlink()
     with pytest.raises(BadInput, match=r"none of the films below .* can be read; the first: .*empty.avi is empty"):
         index(films, tmp_path / "j.npz", videos=videos)

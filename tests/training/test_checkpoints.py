@@ -17,7 +17,7 @@ from helpers.training import log, run, weights
 import pretrain
 from support import checkpoints
 from support.checkpoints import last_checkpoint, load_checkpoint, lock, save_checkpoint, save_run
-from support.errors import BadInput, Unreadable
+from support.errors import BadInput, TemporaryFailure
 from support.files import save_arrays
 
 
@@ -93,7 +93,7 @@ def test_torch_short_of_memory_is_no_damage(tiny, two, monkeypatch):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried")
 
     monkeypatch.setattr(torch, "load", load)
-    with pytest.raises(Unreadable, match="does not fit into the memory"):
+    with pytest.raises(TemporaryFailure, match="does not fit into the memory"):
         run(tiny, two)
 
 
@@ -205,7 +205,7 @@ def test_one_that_is_started_again_waits_for_its_last_processes(tiny, two, monke
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert checkpoints.lock_timeout(s) == 120
     other = AnotherRun(two)
-    with pytest.raises(Unreadable, match="another run is training"):  # Slurm then starts it once more
+    with pytest.raises(TemporaryFailure, match="another run is training"):  # Slurm then starts it once more
         lock(two, 0.1)
     monkeypatch.setattr(checkpoints.time, "sleep", lambda seconds: other.end())
     lock(two, 100).close()
