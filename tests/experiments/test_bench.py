@@ -18,35 +18,14 @@ from support.errors import BadInput
 from support.videos import find_videos
 
 
-class Pipe:
-    """What a trainer sends; nobody asks it for more."""
-
-    def __init__(self):
-        self.sent = []
-        self.send = self.sent.append
-
-    def recv(self):
-        raise EOFError
-
-
 def test_both_trainers_of_the_step_have_one_loss_and_one_count_of_operations():
-    said = []
-    for ours in (False, True):
-        pipe = Pipe()
-        bench_step.trainer(pipe, ours, torch.device("cpu"), (2, [(2, 8)], 32), torch.get_num_threads())
-        said += pipe.sent
-    (plain, flops, _), (loss, same, peak) = said
-    assert loss == pytest.approx(plain, rel=1e-3) and flops == pytest.approx(same, rel=1e-3) and peak > 0.1
-
-
-def test_trainers_end_with_the_bench():
-    """Or their seconds would be counted in the next row."""
+    """And they end with the bench, or their seconds would be counted in the next row."""
     with bench_step.trainers(torch.device("cpu"), (2, [(2, 8)], 32)) as pipes:
-        losses = [pipe.recv()[0] for pipe in pipes]
+        (plain, flops, _), (loss, same, peak) = [pipe.recv() for pipe in pipes]
         for pipe in pipes:
             pipe.send(None)
             assert pipe.recv() is None
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert loss == pytest.approx(plain, rel=1e-3) and flops == pytest.approx(same, rel=1e-3) and peak > 0.1
     assert not bench_step.multiprocessing.active_children()
 
 

@@ -2,11 +2,13 @@
 
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from scipy.stats import t as student
 
-from experiments import compare, figures
+from experiments import compare, figures, tables
 from support.errors import BadInput
 
 
@@ -73,7 +75,26 @@ def test_without_three_pairs_no_difference_is_shown(tmp_path, capsys):
     assert "| goca | 1 | 40.0 | 1 of 1 |" in out and "| sep | 0 | – | 0 of 0 |" in out and "minus" not in out
 
 
-def test_all_runs_are_made_once_and_their_logs_kept(tiny, tmp_path, monkeypatch):
+def test_all_runs_are_made_once_and_their_logs_kept(tiny, tmp_path, forked, monkeypatch):
+    """The commands run in forks of a process that has imported the stages; test_tables.py starts them as a user."""
+    class Popen:
+        def __init__(self, command, **_):
+            forked("command", stage=Path(command[1]).stem, argv=command[2:], interrupt=0)
+            self.returncode = 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def wait(self):
+            pass
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(tables, "subprocess", SimpleNamespace(Popen=Popen))
     path = experiment(
         tmp_path, seeds=[5], prototypes=str(tiny.prototypes), settings={"sep": "--method sep"},
         set={"dataset": "ucf101", "videos": str(tiny.videos), "splits": str(tiny.splits), "flow": str(tiny.flow)},

@@ -245,7 +245,7 @@ def test_interrupted(tmp_path):
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         while len(list(store.rglob("v*.avi"))) == had:
             assert process.poll() is None
-            time.sleep(0.002)
+            time.sleep(0.01)
         process.send_signal(sign)
         error = process.communicate()[1]  # ends when the workers have ended too: they share the pipe
         assert process.returncode == status and "Traceback" not in error, error

@@ -206,7 +206,7 @@ def test_describe_by_hand():
 @pytest.mark.parametrize("method", sorted(model.METHODS))
 def test_nothing_in_a_step_asks_for_a_value(method, monkeypatch):
     """For which a GPU would keep the host waiting. Fake tensors have none, and refuse."""
-    s = settings(method=method, width=0.125, hidden=16)
+    s = settings(method=method, arch="r2plus1d18", width=0.125, hidden=16)
     monkeypatch.setattr(data, "_constant", data._constant.__wrapped__)  # keeps none of them
     with FakeTensorMode():
         net = model.two_view(vars(s), torch.randn(24, 16)).train()
