@@ -12,7 +12,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers.paths import ROOT
 from torch.library import opcheck
 
@@ -363,33 +362,16 @@ def test_the_operator_checks_for_itself():
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes
 # ---------------------------------------------------------------------------------------------------------------------
-def one_process(rank, rows, path, features, prototypes, out):
-    """Its rows' share of the loss and the gradient of its features, from one all-gather."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=len(rows))
-    first, m, longest = sum(rows[:rank]), rows[rank], max(rows)
-    own = features[:, :, first:first + m].clone().requires_grad_()
-    padded = torch.zeros(2, 2, longest, own.shape[-1])
-    padded[:, :, :m] = own[:, :2].detach()
-    gathered = [torch.empty_like(padded) for _ in rows]
-    dist.all_gather(gathered, padded)
-    whole = torch.cat([x[:, :, :r] for x, r in zip(gathered, rows, strict=True)], 2)  # [2, 2, M, d]
-    loss = goca.guided_loss(own @ prototypes.T, batch_scores=whole @ prototypes.T, first_row=first, impl="compiled")
-    share = loss * m / sum(rows)
-    share.backward()
-    torch.save({"loss": share.detach(), "gradient": own.grad}, f"{out}.{rank}")
-    dist.destroy_process_group()
-
-
 @built
 @pytest.mark.parametrize("rows", [(9, 4), (3, 11, 6)])
-def test_processes_equal_one_process_on_the_whole_batch(rows, tmp_path):
+def test_processes_equal_one_process_on_the_whole_batch(rows, forked, tmp_path):
+    """Each makes its rows' share of the loss from one all-gather (`share_of_the_loss` in helpers/forked.py)."""
     g = torch.Generator().manual_seed(0)
     features = torch.nn.functional.normalize(torch.randn(2, 4, sum(rows), 16, generator=g), dim=-1)
     prototypes = torch.nn.functional.normalize(torch.randn(25, 16, generator=g), dim=-1)
-    torch.multiprocessing.spawn(one_process, (rows, tmp_path / "store", features, prototypes, tmp_path / "out"),
-                                nprocs=len(rows))
-    parts = [torch.load(f"{tmp_path / 'out'}.{rank}", weights_only=True) for rank in range(len(rows))]
+    torch.save((features, prototypes), tmp_path / "in")
+    forked("shares_of_the_loss", rows=rows, file=tmp_path / "in", out=tmp_path / "out", said=tmp_path / "said")
+    parts = [torch.load(f"{tmp_path / 'out'}{rank}", weights_only=True) for rank in range(len(rows))]
 
     whole = features.clone().requires_grad_()
     loss = goca.guided_loss(whole @ prototypes.T, impl="compiled")

@@ -25,8 +25,8 @@ from support.loader import keep_freed_memory
 from support.training_log import peak_gib
 
 
-def settings():
-    return pretrain.arguments(["--videos", "-", "--flow", "-", "--prototypes", "-", "--out", "-"])
+def settings(more=()):
+    return pretrain.arguments(["--videos", "-", "--flow", "-", "--prototypes", "-", "--out", "-", *more])
 
 
 def network(s, device, memory_format):
@@ -49,12 +49,12 @@ def random_clips(device, memory_format, videos, lengths, size):
     return out
 
 
-def trainer(pipe, ours, device, case, threads):
+def trainer(pipe, ours, device, case, threads, flags):
     """A process: sends what its first two steps give, then does a step for each message, which it answers."""
     torch.set_num_threads(threads)
     if ours and device.type == "cpu":
         keep_freed_memory()
-    s, form = settings(), torch.channels_last_3d if ours else torch.contiguous_format
+    s, form = settings(flags), torch.channels_last_3d if ours else torch.contiguous_format
     net, optimizer = network(s, device, form)
     clips = random_clips(device, form, *case)
 
@@ -83,14 +83,14 @@ def trainer(pipe, ours, device, case, threads):
 
 
 @contextmanager
-def trainers(device, case):
-    """The baseline's and our process -> their pipes; they end with them."""
+def trainers(device, case, flags=()):
+    """The baseline's and our process -> their pipes; they end with them. flags: of pretrain.py, beside the paper's."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for ours in (False, True):
         pipe, theirs = context.Pipe()
-        processes.append(context.Process(target=trainer, args=(theirs, ours, device, case, torch.get_num_threads()),
-                                         daemon=True))
+        args = theirs, ours, device, case, torch.get_num_threads(), flags
+        processes.append(context.Process(target=trainer, args=args, daemon=True))
         processes[-1].start()
         theirs.close()
         pipes.append(pipe)

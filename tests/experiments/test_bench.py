@@ -20,12 +20,12 @@ from support.videos import find_videos
 
 def test_both_trainers_of_the_step_have_one_loss_and_one_count_of_operations():
     """And they end with the bench, or their seconds would be counted in the next row."""
-    with bench_step.trainers(torch.device("cpu"), (2, [(2, 8)], 32)) as pipes:
+    with bench_step.trainers(torch.device("cpu"), (2, [(2, 8)], 32), ("--width", "0.25")) as pipes:
         (plain, flops, _), (loss, same, peak) = [pipe.recv() for pipe in pipes]
         for pipe in pipes:
             pipe.send(None)
             assert pipe.recv() is None
-    assert loss == pytest.approx(plain, rel=1e-3) and flops == pytest.approx(same, rel=1e-3) and peak > 0.1
+    assert loss == pytest.approx(plain, rel=1e-3) and flops == pytest.approx(same, rel=5e-3) and peak > 0.1
     assert not bench_step.multiprocessing.active_children()
 
 

@@ -30,7 +30,7 @@ def small(tmp_path_factory):
 def scores(tmp_path_factory):
     """What the baselines score on 200 clips."""
     out = tmp_path_factory.mktemp("large") / "set"
-    make(out, train=120, test=80, frames=16)
+    make(out, train=120, test=80, frames=8)
     return walkers.baselines(out)
 
 

@@ -4,6 +4,7 @@ Started once a session (the fixture `forked`); a line of JSON in names a functio
 its status. An assertion that fails prints its traceback. One thread: OpenMP's do not survive a fork.
 """
 
+import ctypes
 import faulthandler
 import json
 import os
@@ -12,6 +13,7 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -29,6 +31,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa:
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import flow  # noqa: E402
+import goca  # noqa: E402
 import model  # noqa: E402
 import pretrain  # noqa: E402
 import search  # noqa: E402
@@ -283,6 +286,29 @@ def gradients(method, world, videos, more, said):
         assert end(pid) == 0, Path(f"{said}{rank}").read_text()
 
 
+def share_of_the_loss(rows, file, out):
+    """Save this process's share of the loss of the whole batch, from one all-gather, and its features' gradient."""
+    dist.init_process_group("gloo")
+    rank, (features, prototypes) = dist.get_rank(), torch.load(file, weights_only=True)  # [2, 4, M, d], [N, d]
+    first, m, longest = sum(rows[:rank]), rows[rank], max(rows)
+    own = features[:, :, first:first + m].clone().requires_grad_()
+    padded = torch.zeros(2, 2, longest, own.shape[-1])
+    padded[:, :, :m] = own[:, :2].detach()
+    gathered = [torch.empty_like(padded) for _ in rows]
+    dist.all_gather(gathered, padded)
+    whole = torch.cat([x[:, :, :r] for x, r in zip(gathered, rows, strict=True)], 2)  # [2, 2, M, d]
+    loss = goca.guided_loss(own @ prototypes.T, batch_scores=whole @ prototypes.T, first_row=first, impl="compiled")
+    share = loss * m / sum(rows)
+    share.backward()
+    torch.save({"loss": share.detach(), "gradient": own.grad}, f"{out}{rank}")
+    dist.destroy_process_group()
+
+
+def shares_of_the_loss(rows, file, out, said):
+    for rank, pid in enumerate(start_ranks(len(rows), share_of_the_loss, rows, file, out, said=said)):
+        assert end(pid) == 0, Path(f"{said}{rank}").read_text()
+
+
 # --- the commands of the stages --------------------------------------------------------------------------------------
 def command(stage, argv, interrupt):
     """What `python STAGE.py ARGV` does; rank 1 gets SIGTERM at its interrupt-th batch of clips, where that is not 0.
@@ -319,6 +345,37 @@ def unread(stage, argv, line, status, said):
             got = output.readline()
             assert got == line, (got, Path(said).read_text())
     assert end(pid) == status, Path(said).read_text()
+
+
+def run_flow(argv):
+    """What flow.py does on its command line."""
+    command_line(lambda: flow.main(argv))
+
+
+# --- a disk that can only be read ---
+NEW_USERS, NEW_MOUNTS = 0x10000000, 0x00020000  # flags of unshare(2)
+READ_ONLY = ("mount --make-rprivate / && mount --bind {root} {root} && mount -o remount,bind,ro {root} && "
+             "! touch {root}/x 2> /dev/null")
+
+
+def make_read_only(root):
+    """Mount a folder so that this process, and those that it starts, can only read it."""
+    user, group = os.getuid(), os.getgid()
+    if ctypes.CDLL(None, use_errno=True).unshare(NEW_USERS | NEW_MOUNTS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    subprocess.run(["sh", "-c", READ_ONLY.format(root=root)], check=True)
+
+
+def flow_on_a_read_only_disk(root, argv, status, said):
+    """flow.py where `root` can only be read -> it leaves with `status`."""
+    def run():
+        make_read_only(root)
+        run_flow(argv)
+
+    assert end(fork(run, said=said)) == status, Path(said).read_text()
 
 
 # --- batch norm on GPUs ----------------------------------------------------------------------------------------------
