@@ -77,6 +77,17 @@ def forked(tmp_path_factory):
     server.process.wait()
 
 
+@pytest.fixture
+def run_script(forked, tmp_path):
+    """run_script(name, *argv) does what `python name *argv` does in the checkout, in a fork -> what it prints."""
+    def run(name, *argv, status, folder=ROOT, largest=-1, **environment):
+        said = tmp_path / "said"
+        forked("script", path=ROOT / name, argv=[str(a) for a in argv], folder=folder, environment=environment,
+               largest=largest, status=status, said=said)
+        return said.read_text()
+    return run
+
+
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
     browser = Browser(tmp_path_factory.mktemp("profile"))

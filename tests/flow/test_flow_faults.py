@@ -194,12 +194,12 @@ def assert_unharmed(root, message):
     assert len(FlowStore(root / "s").open("a")) == 2
 
 
-def test_a_full_disk_is_one_message(big):
-    done = subprocess.run([sys.executable, str(ROOT / "flow.py"), "--videos", str(big / "v"), "--out", str(big / "s"),
-                           "--short-side", "0", "--workers", "1", *TRIAL], capture_output=True, text=True,
-                          preexec_fn=limit_files)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert_unharmed(big, done.stderr.removeprefix("error: "))
+def test_a_full_disk_is_one_message(big, run_script):
+    said = run_script("flow.py", "--videos", big / "v", "--out", big / "s", "--short-side", "0", "--workers", "1",
+                      *TRIAL, status=2, largest=20_000)
+    _, error = said.split("error: ")
+    assert error.count("\n") == 1
+    assert_unharmed(big, error)
 
 
 def test_a_full_disk_in_batches(big):

@@ -8,8 +8,6 @@ import os
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -18,7 +16,6 @@ from pathlib import Path
 
 import pytest
 from helpers.flow import command, extract, film, make_set, moving, tree
-from helpers.paths import ROOT
 
 import flow
 from support import flow_methods, flow_pipeline, video_index, worker_pool
@@ -108,13 +105,12 @@ def test_processes_killed_one_after_the_other_end_the_run(tmp_path, monkeypatch)
     assert len(list(worker_pool.run_in_processes(misbehave, files(tmp_path, *whats), None, 1, 60))) == 6
 
 
-def test_a_long_tmpdir_is_a_message(three, tmp_path):
+def test_a_long_tmpdir_is_a_message(three, run_script, tmp_path):
     long = tmp_path / ("x" * 100)
     long.mkdir()
-    done = subprocess.run([sys.executable, str(ROOT / "flow.py"), "--videos", str(three), "--out", str(tmp_path / "s")],
-                          capture_output=True, text=True, env={**os.environ, "TMPDIR": str(long)})
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"no socket for them in {long}" in done.stderr and "set TMPDIR to" in done.stderr
+    said = run_script("flow.py", "--videos", three, "--out", tmp_path / "s", status=2, TMPDIR=str(long))
+    error = said[said.index("error: "):]
+    assert error.count("\n") == 1 and f"no socket for them in {long}" in error and "set TMPDIR to" in error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,11 +10,13 @@ import json
 import os
 import random
 import resource
+import runpy
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from contextlib import suppress
@@ -326,6 +328,25 @@ def command_in_two(stage, argv, interrupt, said, status):
     """A command in two processes, which print to said0 and said1 -> each leaves with its `status`."""
     statuses = [end(pid) for pid in start_ranks(2, command, stage, argv, interrupt, said=said)]
     assert statuses == status, (statuses, [Path(f"{said}{r}").read_text() for r in (0, 1)])
+
+
+def script(path, argv, folder, environment, largest, status, said):
+    """`python path *argv` in a folder, where no file grows beyond `largest` bytes (-1: any does) -> it leaves with
+    `status`, having printed to the file `said`."""
+    def run():
+        os.chdir(folder)
+        tempfile.tempdir = None  # read TMPDIR again
+        if largest >= 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
+        sys.argv = [path, *argv]
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as e:
+            if isinstance(e.code, str):
+                print(e.code, file=sys.stderr)
+            sys.exit(1 if isinstance(e.code, str) else e.code)
+
+    assert end(fork(run, said=said, **environment)) == status, Path(said).read_text()
 
 
 def unread(stage, argv, line, status, said):

@@ -69,15 +69,12 @@ def test_a_build_that_sees_no_torch_names_the_flag(sources, tmp_path):
     assert not (tmp_path / "site").exists()
 
 
-def test_setup_says_what_it_builds():
-    def setup(wish):
-        return subprocess.run([sys.executable, "setup.py", "--name"], capture_output=True, text=True, cwd=ROOT,
-                              env={**os.environ, "GOCA_CUDA": wish})
-
-    assert "building the CPU kernels alone, no CUDA kernels: GOCA_CUDA=0" in setup("0").stdout
+def test_setup_says_what_it_builds(run_script):
+    said = run_script("setup.py", "--name", status=0, GOCA_CUDA="0")
+    assert "building the CPU kernels alone, no CUDA kernels: GOCA_CUDA=0" in said
     if torch.version.cuda is None:
-        run = setup("1")
-        assert run.returncode != 0 and "GOCA_CUDA=1 asks for the CUDA kernels, but torch" in run.stderr
+        said = run_script("setup.py", "--name", status=1, GOCA_CUDA="1")
+        assert "GOCA_CUDA=1 asks for the CUDA kernels, but torch" in said
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
