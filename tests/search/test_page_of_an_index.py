@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import cv2
@@ -11,7 +9,6 @@ import numpy as np
 import pytest
 from helpers.evaluation import checkpoint
 from helpers.pages import embedded
-from helpers.paths import ROOT
 
 import search
 from support.previews import FRAMES
@@ -40,9 +37,7 @@ def made(tiny, tmp_path_factory):
 def query(made, film):
     """{path: similarity}, best first, as the command gives it."""
     out = made.root / "query.json"
-    done = subprocess.run([sys.executable, str(ROOT / "search.py"), "query", "--index", str(made.root / "films.npz"),
-                           film, "--json", str(out)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert search.main(["query", "--index", str(made.root / "films.npz"), film, "--json", str(out)]) == 0
     return {r["path"]: r["similarity"] for r in json.loads(out.read_text())["results"]}
 
 
