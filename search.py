@@ -51,7 +51,7 @@ from support.errors import BadInput
 from support.features import check_rate, check_store, view_matrix
 from support.files import atomic, check_folder, check_writable
 from support.frame_folders import is_frame_folder
-from support.grouping import judged, make_groups
+from support.grouping import make_groups, quality_in_words
 from support.metrics import nearest
 from support.page import Group, Item, write_page
 from support.previews import make_previews
@@ -213,7 +213,7 @@ def groups(s):
     for i, (members, tight) in enumerate(zip(found.members, found.tightness, strict=True), 1):
         say(f"group {i}: {len(members)}, mean cosine with its centre {tight:.3f}; most typical:",
             *(f"    {paths[m]}" for m in members[:TYPICAL]))
-    say(f"{view}, {judged(found)}")
+    say(f"{view}, {quality_in_words(found)}")
     write_json(s.json, {"groups": [{"size": len(m), "members": [paths[i] for i in m], "typical": [
         paths[i] for i in m[:TYPICAL]], "tightness": t} for m, t in zip(found.members, found.tightness, strict=True)],
         "view": view, "silhouette": found.silhouette, "agreement": found.agreement})
@@ -256,7 +256,7 @@ def page(s):
                maps={view: flat_map(x.numpy(), s.seed)[0] for view, x in rows.items()},
                notes=["index {index}: {arch}, {frames} frames of {size} px, protocol {protocol}, weights {checkpoint} "
                       "({weights:.12})".format(index=s.index, **held.header),
-                      *(f"{view}, {judged(g)}" for view, g in found.items())])
+                      *(f"{view}, {quality_in_words(g)}" for view, g in found.items())])
     for why in missing.values():
         say(f"shown as they were, or without a picture: {why}")
     say(f"{Path(s.out) / 'index.html'}: {n} entries, {len(missing)} of their films can't be read any more"

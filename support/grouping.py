@@ -42,8 +42,8 @@ def make_groups(x, num, seed=0):
                   sum(others) / len(others))
 
 
-def judged(groups):
-    """A sentence on how good the number of groups is."""
+def quality_in_words(groups):
+    """How good the number of groups is, in words."""
     apart = "no silhouette" if groups.silhouette is None else f"mean silhouette {groups.silhouette:.3f}"
     number = f"{len(groups.members)} group{'s' if len(groups.members) > 1 else ''}"
     return (f"{number}: {apart} (-1 to 1; near 0 neighbouring groups run into one another), "

@@ -92,7 +92,7 @@ def convert_and_share(item):
 
 
 class Clips(Dataset):
-    """A data set of `videos` that leaves word of which video each process has open, for `Loader`."""
+    """A data set of `videos` that records in shared memory which video each process has open, for `Loader`."""
 
     time_limit = 60  # seconds that an item may take
 

@@ -208,7 +208,7 @@ def test_output_that_fails_ends_the_work():
         list(run_in_processes(misbehave, {"full": ("full.avi", "full"), "one": ("o", "one")}, "", 1, 5))
 
 
-def test_processes_that_cannot_start_are_one_sentence(tmp_path):
+def test_processes_that_cannot_start_are_one_error_message(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom support.cli import command_line\n"
                       "from support.video_index import scan\n"

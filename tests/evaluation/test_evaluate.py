@@ -292,7 +292,7 @@ def test_one_video_in_a_class_is_said(tiny, tmp_path, capsys):
     assert "1 classes have one training video only: Walk" in capsys.readouterr().out
 
 
-def test_bad_input_gets_a_sentence(tiny, tmp_path):
+def test_bad_input_gets_an_error_message(tiny, tmp_path):
     checkpoint(tmp_path, flow_header={"kind": "flow", "short_side": 1})
     bare = tmp_path / "bare"  # a flow store without flow
     bare.mkdir()

@@ -122,7 +122,7 @@ def test_flags_of_the_runs():
     assert tables.run_flags("goca-r2plus1d18") == (["--size", "112"], ["--method", "goca", "--arch", "r2plus1d18"])
 
 
-def test_bad_input_gets_a_sentence(tmp_path):
+def test_bad_input_gets_an_error_message(tmp_path):
     (tmp_path / "sets.json").write_text('{"a": {"videos": "x"}}')
     run = ["run", "--table", "1", "--results", str(tmp_path), "--sets"]
     for words, argv in {"is no JSON file of": [*run, str(tmp_path / "sets.json")],

@@ -237,7 +237,7 @@ def refused(name, place, words):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_is_a_sentence_and_what_was_there_stays(tiny_disk, name):
+def test_a_full_disk_is_an_error_message_and_what_was_there_stays(tiny_disk, name):
     WRITERS[name](tiny_disk / name, 1)  # 400 to 800 kB, of which two do not fit
     refused(name, tiny_disk, "could not be written .No space left on device.; what stood there before is untouched")
 

@@ -350,7 +350,7 @@ def test_videos_that_the_index_knows_to_be_bad_are_left_out(tiny, tmp_path, caps
     assert "skipped" not in said.err
 
 
-def test_status_and_sentence_of_the_command(tmp_path):
+def test_status_and_message_of_the_command(tmp_path):
     command = [sys.executable, str(ROOT / "pretrain.py"), "--videos", str(tmp_path), "--flow", str(tmp_path),
                "--prototypes", "p.npz", "--out", str(tmp_path / "o")]
     done = subprocess.run(command, capture_output=True, text=True)
