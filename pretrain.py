@@ -72,8 +72,8 @@ def schedule(step, steps_per_epoch, s):
     epoch = step // steps_per_epoch
     guided = s.method == "goca" and epoch >= s.guide_start
     leader = s.lead if epoch < s.lead_epochs else "none"
-    other = model.VIEWS[1 - epoch // s.alternate % 2]  # RGB learns first
-    frozen = other if s.method == "vicc" else None
+    idle = model.VIEWS[1 - epoch // s.alternate % 2]  # RGB learns first
+    frozen = idle if s.method == "vicc" else None
     return tuple(guided and view != leader for view in model.VIEWS), frozen
 
 

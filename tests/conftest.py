@@ -80,9 +80,9 @@ def forked(tmp_path_factory):
 @pytest.fixture
 def run_script(forked, tmp_path):
     """run_script(name, *argv) does what `python name *argv` does in the checkout, in a fork -> what it prints."""
-    def run(name, *argv, status, folder=ROOT, largest=-1, **environment):
+    def run(name, *argv, status, largest=-1, **environment):
         said = tmp_path / "said"
-        forked("script", path=ROOT / name, argv=[str(a) for a in argv], folder=folder, environment=environment,
+        forked("script", path=ROOT / name, argv=[str(a) for a in argv], folder=ROOT, environment=environment,
                largest=largest, status=status, said=said)
         return said.read_text()
     return run

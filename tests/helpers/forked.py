@@ -4,7 +4,6 @@ Started once a session (the fixture `forked`); a line of JSON in names a functio
 its status. An assertion that fails prints its traceback. One thread: OpenMP's do not survive a fork.
 """
 
-import ctypes
 import faulthandler
 import json
 import os
@@ -13,12 +12,9 @@ import resource
 import runpy
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +24,8 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402 (torch.optim would, in every fork)
 import torch.distributed as dist  # noqa: E402
 from helpers.gpu_kernels import gpu_batch_norm  # noqa: E402
+from helpers.processes import LIMIT, before_each, end, fork, free_port, in_step, start_ranks, train  # noqa: E402
+from helpers.read_only import make_read_only  # noqa: E402
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: E402
 
 import data  # noqa: E402
@@ -45,74 +43,6 @@ from support.distributed import MaxOverRanks, data_parallel  # noqa: E402
 from support.errors import BadInput  # noqa: E402
 from support.optim import LARS  # noqa: E402
 from support.training_log import Log  # noqa: E402
-
-LIMIT = 280  # seconds of a process
-
-
-# --- processes -------------------------------------------------------------------------------------------------------
-def train(argv):
-    """What pretrain.py does on its command line."""
-    command_line(lambda: pretrain.train(pretrain.arguments(argv)))
-
-
-def fork(function, *args, said=None, **environment):
-    """Start function(*args) in a process of its own -> pid; what it prints goes to the file `said`."""
-    sys.stdout.flush()
-    if pid := os.fork():
-        return pid
-    status = 1
-    signal.alarm(LIMIT)  # then it prints where it stands, and dies
-    try:
-        out = os.open(said or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.dup2(out, 1), os.dup2(out, 2)
-        os.environ.update(environment)
-        function(*args)
-        status = 0
-    except SystemExit as e:
-        status = e.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status or 0)
-
-
-def end(pid):
-    """Wait for a process -> its status, or minus the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def start_ranks(world, function, *args, said=None):
-    """Start function(*args) in `world` processes of one group -> pids; rank r prints to said + r."""
-    port = free_port()
-    return [fork(function, *args, said=said and f"{said}{rank}", RANK=str(rank), WORLD_SIZE=str(world),
-                 LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(world)]
-
-
-def before_each(name, owner, attribute, hook):
-    """Let hook(name) run before and after every call of owner.attribute."""
-    real = getattr(owner, attribute)
-
-    def call(*args, **kwargs):
-        hook(f"before {name}")
-        out = real(*args, **kwargs)
-        hook(f"after {name}")
-        return out
-
-    setattr(owner, attribute, call)
-
-
-def in_step(step, function):
-    """Call `function` once, in the loss of the step-th step (from 1) that this process does."""
-    count = iter(range(1, 1000))
-    before_each("step", pretrain, "step_loss",
-                lambda when: when == "before step" and next(count) == step and function())
 
 
 # --- SIGKILL ---------------------------------------------------------------------------------------------------------
@@ -371,23 +301,6 @@ def unread(stage, argv, line, status, said):
 def run_flow(argv):
     """What flow.py does on its command line."""
     command_line(lambda: flow.main(argv))
-
-
-# --- a disk that can only be read ---
-NEW_USERS, NEW_MOUNTS = 0x10000000, 0x00020000  # flags of unshare(2)
-READ_ONLY = ("mount --make-rprivate / && mount --bind {root} {root} && mount -o remount,bind,ro {root} && "
-             "! touch {root}/x 2> /dev/null")
-
-
-def make_read_only(root):
-    """Mount a folder so that this process, and those that it starts, can only read it."""
-    user, group = os.getuid(), os.getgid()
-    if ctypes.CDLL(None, use_errno=True).unshare(NEW_USERS | NEW_MOUNTS):
-        raise OSError(ctypes.get_errno(), "unshare")
-    Path("/proc/self/setgroups").write_text("deny")
-    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
-    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
-    subprocess.run(["sh", "-c", READ_ONLY.format(root=root)], check=True)
 
 
 def flow_on_a_read_only_disk(root, argv, status, said):
