@@ -49,7 +49,7 @@ demo: $(VENV)/installed
 	@echo "=== 7/8 what GOCA retrieves"
 	@$(BIN)/python evaluate.py retrieval --checkpoint $(DEMO)/goca $(SET) --json $(DEMO)/goca.json
 	@echo "=== 8/8 a page of all that, and what it means"
-	@$(BIN)/python -m experiments.report $(DEMO)/goca --json $(DEMO)/untrained.json results/guiding_36/sep/seed31.json \
+	@$(BIN)/python -m experiments.report $(DEMO)/goca --json $(DEMO)/untrained.json results/guiding_28/sep/seed45.json \
 	    $(DEMO)/goca.json --out $(DEMO)
 	@echo
 	@$(BIN)/python -m experiments.demo $(DEMO)

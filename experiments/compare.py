@@ -1,22 +1,25 @@
 """Settings of pre-training compared over seeds: a result is a distribution.
 
     python -m experiments.compare run  results/guiding_36/experiment.json --work runs/guiding_36
-    python -m experiments.compare show results/guiding_36/experiment.json
+    python -m experiments.compare show results/guiding_36/experiment.json [--settings NAME ...] [--versus NAME]
     python -m experiments.compare draw results/guiding_36/experiment.json --out docs/guiding.png
 
 In   an experiment, a JSON file:
      {"set": {"dataset": ..., "videos": ..., "splits": ..., "flow": ...}, "prototypes": FILE, "processes": 2,
       "flags": "of pretrain.py in every setting", "settings": {name: "more flags", ...}, "seeds": [...],
-      "versus": a name of `settings`; and where wanted "evaluate": "flags of evaluate.py", and "untrained": "those of
-      the network and its clips", for a row `untrained` of what evaluate.py finds without pre-training}
-Out  beside it <setting>/seed<k>.json (evaluate.py retrieval) and .jsonl (the run's log), and commands.jsonl: each
-     command with its seconds and status. Checkpoints stay in --work.
+      "versus": a name of `settings`; and where wanted "evaluate": "flags of evaluate.py", "untrained": "those of the
+      network and its clips", for a row `untrained` of what evaluate.py finds without pre-training, and "downstream":
+      {"cluster", "linear" or "finetune": {"flags": "of evaluate.py", "settings": [...], "seeds": [...]}, ...}, the last
+      two where not all are meant}
+Out  beside it <setting>/seed<k>.json (evaluate.py retrieval), seed<k>.<command>.json (what is downstream) and
+     seed<k>.jsonl (the run's log), and commands.jsonl: each command with its seconds and status. Checkpoints stay in
+     --work.
 
 run: seed by seed, so that what is there so far is paired; what is done is not done again, and an interrupted run goes
 on. show: R@1 of each setting, mean and standard deviation over seeds, seeds on which a view learned, the effective rank
-of its features in the end (it needs no labels), and, seed by seed against `versus`, the mean difference, its standard
-error and p of a paired t-test (two-sided). draw: every seed's R@1, means with their standard errors, and both views'
-effective rank over the steps, which shows when a view began to learn.
+of its features in the end (it needs no labels), what is downstream, and, seed by seed against `versus`, the mean
+difference, its standard error and p of a paired t-test (two-sided). draw: every seed's R@1, means with their standard
+errors, and both views' effective rank over the steps, which shows when a view began to learn.
 """
 
 import argparse
@@ -30,6 +33,7 @@ from types import SimpleNamespace
 
 from scipy.stats import ttest_rel
 
+from experiments.paper import TABLES
 from experiments.tables import Driver, check_comparable, load
 from support.cli import Subcommand, command_line
 from support.errors import BadInput
@@ -38,56 +42,74 @@ from support.files import check_writable
 VIEWS = ("rgb", "flow", "rgb+flow")
 NEEDED = {"set": dict, "prototypes": str, "processes": int, "flags": str, "settings": dict, "seeds": list,
           "versus": str}
+METRICS = {TABLES[n].command: TABLES[n].metrics for n in (6, 8, 7)}  # downstream; differences are of the first
 
 
-def read_experiment(path):
-    """An experiment's file -> its fields, and `folder`. Raises BadInput where it is not as described above."""
+def read_experiment(path, settings=None, versus=None):
+    """An experiment's file -> its fields, and `folder`; with `settings`, names of its rows, those alone, and with
+    `versus` the differences from that one. Raises BadInput where it is not as described above."""
     try:
         fields = json.loads(Path(path).read_text("utf-8-sig"))
         wrong = [f"{k} must be {kind.__name__}" for k, kind in NEEDED.items() if not isinstance(fields.get(k), kind)]
     except (OSError, ValueError, AttributeError) as e:
         raise BadInput(f"{path} is no JSON file of an experiment ({e}); see experiments/compare.py") from e
-    if not wrong and fields["versus"] not in fields["settings"]:
-        wrong = [f"versus {fields['versus']} is none of its settings ({', '.join(fields['settings'])})"]
     if wrong:
         raise BadInput(f"{path}: {'; '.join(wrong)}; see experiments/compare.py")
-    return SimpleNamespace(**{"evaluate": "", "untrained": "", **fields}, folder=Path(path).parent)
-
-
-def rows_of(x):
-    """Names of an experiment's rows, those of the folders with its results."""
-    return [*x.settings, *(["untrained"] if x.untrained else [])]
+    x = SimpleNamespace(**{"evaluate": "", "untrained": "", "downstream": {}, **fields}, folder=Path(path).parent)
+    x.rows = [*x.settings, *(["untrained"] if x.untrained else [])]  # their names are those of the results' folders
+    x.versus = versus or x.versus
+    named = {"versus": [x.versus], "--settings": settings or []}
+    for command, its in x.downstream.items():
+        if command not in METRICS or not isinstance(its, dict):
+            raise BadInput(f"{path}: downstream knows {', '.join(METRICS)}, each with an object; not {command}: {its}")
+        named[f"downstream {command}"] = its.get("settings", [])
+    for where, names in named.items():
+        for name in (n for n in names if n not in x.rows):
+            raise BadInput(f"{path}: {where} {name} is none of its settings ({', '.join(x.rows)})")
+    x.rows = settings or x.rows
+    return x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # run
 # ---------------------------------------------------------------------------------------------------------------------
+def evaluations(x, name, seed):
+    """What evaluate.py is still to find of a row and seed -> [(command, its flags, file for the result), ...]."""
+    result = x.folder / name / f"seed{seed}.json"
+    wanted = [("retrieval", x.evaluate, result)]
+    for command, its in x.downstream.items():
+        if name in its.get("settings", x.rows) and seed in its.get("seeds", x.seeds):
+            wanted.append((command, its.get("flags", ""), result.with_suffix(f".{command}.json")))
+    return [(command, shlex.split(flags), out) for command, flags, out in wanted if not out.exists()]
+
+
 def run(args):
     """Pre-train and evaluate every setting on every seed -> 0, or 1 where a command failed."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     x, work = read_experiment(args.experiment), Path(args.work).absolute()
     driver = Driver(x.folder)
     data_set = [word for key, value in x.set.items() for word in (f"--{key}", value)]
-    for seed in x.seeds:
-        for name, flags in x.settings.items():
-            run_folder, result = work / name / f"seed{seed}", x.folder / name / f"seed{seed}.json"
-            if result.exists():
-                continue
-            trained = driver(["pretrain.py", *shlex.split(x.flags), *data_set, "--prototypes", x.prototypes,
-                              "--out", str(run_folder), *shlex.split(flags), "--seed", str(seed)],
-                             run_folder / "checkpoint.pt", run_folder / "pretrain.log", x.processes)
-            if (run_folder / "log.jsonl").exists():  # of a run that failed, too
-                result.parent.mkdir(exist_ok=True)
-                shutil.copyfile(run_folder / "log.jsonl", result.with_suffix(".jsonl"))
-            if trained:
-                driver(["evaluate.py", "retrieval", "--checkpoint", str(run_folder), *data_set,
-                        *shlex.split(x.evaluate), "--json", str(result)], result, run_folder / "retrieval.log")
-        result = x.folder / "untrained" / f"seed{seed}.json"
-        if x.untrained and not result.exists():
-            result.parent.mkdir(exist_ok=True)
-            driver(["evaluate.py", "retrieval", "--checkpoint", "none", *data_set, *shlex.split(x.untrained),
-                    *shlex.split(x.evaluate), "--seed", str(seed), "--json", str(result)], result,
-                   work / "untrained" / f"seed{seed}.log")
+    for seed, name in ((seed, name) for seed in x.seeds for name in x.rows):
+        run_folder, log = work / name / f"seed{seed}", x.folder / name / f"seed{seed}.jsonl"
+        log.parent.mkdir(exist_ok=True)
+        if name not in x.settings:
+            network = ["--checkpoint", "none", *shlex.split(x.untrained), "--seed", str(seed)]
+            features = ["--features", str(run_folder / "features")]
+        else:
+            network, features = ["--checkpoint", str(run_folder)], []  # beside the checkpoint
+            if not log.with_suffix(".json").exists():
+                trained = driver(["pretrain.py", *shlex.split(x.flags), *data_set, "--prototypes", x.prototypes,
+                                  "--out", str(run_folder), *shlex.split(x.settings[name]), "--seed", str(seed)],
+                                 run_folder / "checkpoint.pt", run_folder / "pretrain.log", x.processes)
+                if (run_folder / "log.jsonl").exists():  # of a run that failed, too
+                    shutil.copyfile(run_folder / "log.jsonl", log)
+                if not trained:
+                    continue
+        for command, flags, out in evaluations(x, name, seed):
+            tuned = command == "finetune"
+            driver(["evaluate.py", command, *network, *data_set, *(["--out", str(run_folder / command)] if tuned else
+                    features), *flags, "--json", str(out)], out, run_folder / f"{command}.log",
+                   x.processes if tuned else 1)
     for log in driver.failed:
         print(f"failed: {log}")
     return 1 if driver.failed else 0
@@ -96,19 +118,27 @@ def run(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # show
 # ---------------------------------------------------------------------------------------------------------------------
-def collect(x):
-    """The results of an experiment -> {setting: {seed: {view: R@1}}}. Raises BadInput where two can't be compared."""
+def collect(x, command="retrieval", metric="R@1"):
+    """A number of an experiment's results -> {row: {seed: {view: number}}}. Raises BadInput where two can't be
+    compared."""
     found, first = {}, None
-    for name in rows_of(x):
+    for name in x.rows:
         found[name] = {}
         for seed in x.seeds:
-            path = x.folder / name / f"seed{seed}.json"
+            path = x.folder / name / f"seed{seed}{'' if command == 'retrieval' else f'.{command}'}.json"
             if path.exists():
-                r = load(path)
+                r = load(path, command)
                 first = first or (path, r["protocol"])
                 check_comparable(path, r["protocol"], *first)
-                found[name][seed] = {view: v["R@1"] for view, v in r["results"].items()}
+                found[name][seed] = {view: v[metric] for view, v in r["results"].items()}
     return found
+
+
+def columns_of(found):
+    """What `collect` found -> (its views, {row: [{seed: number}, one a view]})."""
+    views = [v for v in VIEWS if any(v in r for seeds in found.values() for r in seeds.values())]
+    return views, {name: [{s: r[v] for s, r in seeds.items() if v in r} for v in views]
+                   for name, seeds in found.items()}
 
 
 def ranks(path, view):
@@ -144,11 +174,34 @@ def table(*rows):
     return [head, "|---" * len(rows[0]) + "|", *rest]
 
 
+def differences(x, found):
+    """The rows of a table of differences from x.versus, seed by seed, without its head."""
+    _, columns = columns_of(found)
+    for name in (name for name in columns if name != x.versus and x.versus in columns):
+        pairs = [paired(ours, theirs) for ours, theirs in zip(columns[name], columns[x.versus], strict=True)]
+        if any(pairs):
+            yield (name, *(f"{d[1]:+.1f} ± {d[2]:.1f}, p = {d[3]:.2g} ({d[0]})" if d else "–" for d in pairs))
+
+
+def downstream_tables(x):
+    """Tables of what is downstream: each metric as mean ± deviation over seeds, and differences of the first."""
+    for command in (c for c in METRICS if c in x.downstream):
+        every = [collect(x, command, metric) for metric in METRICS[command]]
+        views, _ = columns_of(every[0])
+        by_metric = [columns_of(found)[1] for found in every]
+        levels = [(f"{command}: {' / '.join(METRICS[command])}", "seeds", *views)]
+        for name in (name for name, seeds in every[0].items() if seeds):
+            cells = [" / ".join(mean_and_deviation(c[name][k].values()) for c in by_metric) for k in range(len(views))]
+            levels.append((name, str(len(every[0][name])), *cells))
+        yield levels
+        yield [(f"{command}: {METRICS[command][0]} minus {x.versus}, seed by seed", *views), *differences(x, every[0])]
+
+
 def lines(x, learned):
-    """Tables as lines of Markdown: R@1 by setting and view, effective rank at the end, differences from `versus`."""
+    """Tables as lines of Markdown: R@1 by row and view, effective rank at the end, differences from x.versus, and what
+    is downstream."""
     found = collect(x)
-    views = [v for v in VIEWS if any(v in r for seeds in found.values() for r in seeds.values())]
-    by_view = {name: [{s: r[v] for s, r in seeds.items() if v in r} for v in views] for name, seeds in found.items()}
+    views, by_view = columns_of(found)
     levels = [("R@1", "seeds", *views, *(f"{v} > {learned:g}" for v in views))]
     ranked = [("effective rank at the end", *VIEWS[:2])]
     for name, columns in by_view.items():
@@ -159,20 +212,16 @@ def lines(x, learned):
         last = [[r[-1] for r in (ranks(log, view)[1] for log in logs) if r] for view in VIEWS[:2]]
         if logs:
             ranked.append((name, *map(mean_and_deviation, last)))
-    against = [(f"minus {x.versus}, seed by seed", *views)]
-    for name in (name for name in by_view if name != x.versus):
-        pairs = [paired(ours, theirs) for ours, theirs in zip(by_view[name], by_view[x.versus], strict=True)]
-        if any(pairs):
-            against.append((name, *(f"{d[1]:+.1f} ± {d[2]:.1f}, p = {d[3]:.2g} ({d[0]})" if d else "–" for d in pairs)))
-    tables = [table(*rows) for rows in (levels, ranked, against) if len(rows) > 1]
+    against = [(f"minus {x.versus}, seed by seed", *views), *differences(x, found)]
+    tables = [table(*rows) for rows in (levels, ranked, against, *downstream_tables(x)) if len(rows) > 1]
     return [line for each in tables for line in (*each, "")][:-1]
 
 
 def show(args):
-    x = read_experiment(args.experiment)
+    x = read_experiment(args.experiment, args.settings, args.versus)
     print("\n".join(lines(x, args.learned)))
-    print("\nR@1 in percent: mean ± standard deviation over seeds. Differences: mean ± its standard error, p of the "
-          "paired t-test, (seeds in both).")
+    print("\nIn percent: mean ± standard deviation over seeds. Differences: mean ± its standard error, p of the paired "
+          "t-test, (seeds in both).")
     return 0
 
 
@@ -185,18 +234,20 @@ def draw(args):
     from experiments.figures import COLOURS, save
 
     check_writable(args.out, "--out")
-    x = read_experiment(args.experiment)
+    x = read_experiment(args.experiment, args.settings)
     found = collect(x)
-    views = [v for v in VIEWS if any(v in r for seeds in found.values() for r in seeds.values())]
+    views, _ = columns_of(found)
     figure, axes = plt.subplots(1, 3, figsize=(8.8, 2.95), layout="constrained", width_ratios=(1.4, 1, 1))
+    width = min(0.22, 0.8 / len(found))
     for k, (name, seeds) in enumerate(found.items()):
-        colour, at = COLOURS[k % len(COLOURS)], [v + 0.22 * (k - (len(found) - 1) / 2) for v in range(len(views))]
+        colour, at = COLOURS[k % len(COLOURS)], [v + width * (k - (len(found) - 1) / 2) for v in range(len(views))]
         for place, view in zip(at, views, strict=True):
             values = [r[view] for r in seeds.values() if view in r]
             axes[0].scatter([place] * len(values), values, s=14, color=colour, alpha=0.5)
             if len(values) > 1:
                 error = statistics.stdev(values) / len(values) ** 0.5
-                axes[0].errorbar(place + 0.07, statistics.mean(values), error, fmt="os"[k % 2], color=colour, capsize=3)
+                axes[0].errorbar(place + width / 3, statistics.mean(values), error, fmt="os"[k % 2], color=colour,
+                                 capsize=3)
         axes[0].scatter([], [], color=colour, marker="os"[k % 2], label=f"{name}, {len(seeds)} seeds")
         for axis, view in zip(axes[1:], VIEWS, strict=False):
             for path in sorted((x.folder / name).glob("seed*.jsonl")):
@@ -218,10 +269,14 @@ def main(argv=None):
     c.set_defaults(call=run)
     c = commands.add_parser("show", help="mean, deviation and paired tests")
     c.add_argument("experiment", help="JSON file of the experiment")
+    some = {"nargs": "+", "metavar": "NAME", "help": "these rows alone, in this order"}
+    c.add_argument("--settings", **some)
+    c.add_argument("--versus", metavar="NAME", help="the row that others are compared with (default: the experiment's)")
     c.add_argument("--learned", type=float, default=30, help="R@1 above which a view has learned")
     c.set_defaults(call=show)
     c = commands.add_parser("draw", help="seeds, means and effective rank as a picture")
     c.add_argument("experiment", help="JSON file of the experiment")
+    c.add_argument("--settings", **some)
     c.add_argument("--out", required=True, help="picture to write")
     c.set_defaults(call=draw)
     args = p.parse_args(argv)

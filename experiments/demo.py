@@ -3,7 +3,7 @@
     python -m experiments.demo DEMO
 
 In   DEMO/untrained.json, DEMO/goca.json (evaluate.py retrieval) and the committed run without guiding,
-     results/guiding_36/sep/seed31.json.
+     results/guiding_28/sep/seed45.json.
 Out  R@1 and R@5 of the three by view, two sentences, the page that experiments/report wrote.
 """
 
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from experiments.tables import load, show_files
 from support.cli import Help, command_line
 
-SEP = Path(__file__).parents[1] / "results" / "guiding_36" / "sep" / "seed31.json"
+SEP = Path(__file__).parents[1] / "results" / "guiding_28" / "sep" / "seed45.json"
 
 
 def meaning(untrained, guided):

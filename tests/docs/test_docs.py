@@ -1,5 +1,8 @@
 """README and docs: all that they name exists, their examples run, and the README stays short."""
 
+import re
+import shlex
+
 import pytest
 from helpers.documentation import Page, expanded, problems
 from helpers.evaluation import checkpoint
@@ -118,12 +121,20 @@ def test_the_checker_is_content(text):
     assert problems(Page(ROOT / "README.md", text)) == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("experiment.json")),
-                         ids=lambda p: str(p.parent.relative_to(ROOT / "results")))
-def test_tables_over_seeds_are_what_their_files_say(path):
-    text = (ROOT / "docs" / "results.md").read_text()
-    for line in compare.lines(compare.read_experiment(path), 30):
-        assert line in text, f"python -m experiments.compare show {path.relative_to(ROOT)}"
+SHOWN = re.findall(r"<!-- python -m experiments.compare (show .*?) -->\n\n(.*?)\n\n<!-- end -->",
+                   (ROOT / "docs" / "results.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize(("command", "tables"), SHOWN, ids=[command for command, _ in SHOWN])
+def test_tables_over_seeds_are_what_their_command_prints(command, tables, capsys):
+    assert compare.main(shlex.split(command)) == 0
+    printed, explanation = capsys.readouterr().out.rstrip().rsplit("\n\n", 1)
+    assert printed == tables and explanation.startswith("In percent")
+
+
+def test_every_experiment_is_shown():
+    of = {command.split()[1] for command, _ in SHOWN}
+    assert of == {str(path.relative_to(ROOT)) for path in (ROOT / "results").rglob("experiment.json")}
 
 
 @pytest.mark.parametrize("folders", [["guiding_36"], ["ut_interaction/split1", "ut_interaction/split2"]])

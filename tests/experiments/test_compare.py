@@ -21,9 +21,9 @@ def experiment(folder, **changes):
     return path
 
 
-def result(path, rgb, **protocol):
+def result(path, rgb, metric="R@1", **protocol):
     path.parent.mkdir(parents=True, exist_ok=True)
-    both = {"protocol": {"method": "goca", "queries": 4, **protocol}, "results": {"rgb": {"R@1": rgb}}}
+    both = {"protocol": {"method": "goca", "queries": 4, **protocol}, "results": {"rgb": {metric: rgb}}}
     path.write_text(json.dumps(both))
     path.with_suffix(".jsonl").write_text("{}\n")
 
@@ -67,6 +67,32 @@ def test_the_picture_shows_every_seed_and_when_a_view_began_to_learn(tmp_path, m
     assert [line.get_ydata().tolist() for line in flow.lines] == [[2, 2]] * 6
 
 
+def test_rows_are_chosen_and_compared_with_any_other(tmp_path, capsys):
+    path = experiment(tmp_path)
+    for seed in range(3):
+        result(tmp_path / "sep" / f"seed{seed}.json", 10 + seed)
+        result(tmp_path / "goca" / f"seed{seed}.json", 40 + 2 * seed)
+    compare.main(["show", str(path), "--versus", "goca"])
+    assert "| minus goca, seed by seed | rgb |" in (out := capsys.readouterr().out) and "| sep | -31.0 ± 0.6" in out
+    compare.main(["show", str(path), "--settings", "goca"])
+    assert "sep |" not in (out := capsys.readouterr().out) and "| goca | 3 | 42.0 ± 2.0 | 3 of 3 |" in out
+    with pytest.raises(BadInput, match=r"--settings untrained is none of its settings \(sep, goca\)"):
+        compare.main(["show", str(path), "--settings", "untrained"])
+
+
+def test_what_is_downstream_has_its_own_tables(tmp_path, capsys):
+    path = experiment(tmp_path, downstream={"linear": {}, "finetune": {"settings": ["goca"]}})
+    for seed in range(3):
+        for name, top1 in (("sep", 20), ("goca", 50 + seed)):
+            result(tmp_path / name / f"seed{seed}.json", 10)
+            result(tmp_path / name / f"seed{seed}.linear.json", top1, "top-1")
+    assert compare.main(["show", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "| linear: top-1 | seeds | rgb |" in out and "| goca | 3 | 51.0 ± 1.0 |\n" in out
+    assert "| linear: top-1 minus sep, seed by seed | rgb |" in out and "| goca | +31.0 ± 0.6" in out
+    assert "finetune" not in out
+
+
 def test_without_three_pairs_no_difference_is_shown(tmp_path, capsys):
     path = experiment(tmp_path)
     result(tmp_path / "goca" / "seed0.json", 40)
@@ -99,14 +125,18 @@ def test_all_runs_are_made_once_and_their_logs_kept(tiny, tmp_path, forked, monk
         tmp_path, seeds=[5], prototypes=str(tiny.prototypes), settings={"sep": "--method sep"},
         set={"dataset": "ucf101", "videos": str(tiny.videos), "splits": str(tiny.splits), "flow": str(tiny.flow)},
         flags="@presets/cpu --epochs 1 --warmup-epochs 0 --batch-size 2 --size 16 --scale 1.0 1.25 --frames 4",
-        untrained="--arch r2plus1d18 --width 0.125 --size 16 --frames 4 --stride 2")
+        untrained="--arch r2plus1d18 --width 0.125 --size 16 --frames 4 --stride 2",
+        downstream={"cluster": {"flags": "--runs 2"}, "linear": {"seeds": [6]},
+                    "finetune": {"settings": ["sep"], "flags": "--views flow --epochs 1 --batch-size 2"}})
     run = ["run", str(path), "--work", str(tmp_path / "work")]
     assert compare.main(run) == 0
     settings = json.loads((tmp_path / "sep" / "seed5.jsonl").read_text().splitlines()[0])["settings"]
     assert (settings["method"], settings["seed"]) == ("sep", 5)
     assert set(json.loads((tmp_path / "sep" / "seed5.json").read_text())["results"]) == {"rgb", "flow", "rgb+flow"}
     notes = (tmp_path / "commands.jsonl").read_text()
-    assert len(notes.splitlines()) == 3
+    assert [json.loads(line)["command"][:2] for line in notes.splitlines()] == [
+        ["pretrain.py", "@presets/cpu"], ["evaluate.py", "retrieval"], ["evaluate.py", "cluster"],
+        ["evaluate.py", "finetune"], ["evaluate.py", "retrieval"], ["evaluate.py", "cluster"]]
     untrained = json.loads((tmp_path / "untrained" / "seed5.json").read_text())
     row = f"| untrained | 1 | {untrained['results']['rgb']['R@1']:.1f} |"
     assert untrained["protocol"]["method"] == "untrained"
@@ -116,7 +146,9 @@ def test_all_runs_are_made_once_and_their_logs_kept(tiny, tmp_path, forked, monk
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"versus": "none"}, "versus none is none of its settings"), ({"seeds": None}, "seeds must be list"),
-    ({"settings": ["goca"]}, "settings must be dict")])
+    ({"settings": ["goca"]}, "settings must be dict"),
+    ({"downstream": {"retrieval": {}}}, "downstream knows cluster, linear, finetune"),
+    ({"downstream": {"linear": {"settings": ["avg"]}}}, "downstream linear avg is none of its settings")])
 def test_what_an_experiment_lacks_is_named(tmp_path, changes, words):
     with pytest.raises(BadInput, match=words):
         compare.main(["show", str(experiment(tmp_path, **changes))])
