@@ -1,7 +1,8 @@
 """Settings of pre-training compared over seeds: a result is a distribution.
 
     python -m experiments.compare run  results/guiding_36/experiment.json --work runs/guiding_36
-    python -m experiments.compare show results/guiding_36/experiment.json [--settings NAME ...] [--versus NAME]
+    python -m experiments.compare show results/guiding_36/experiment.json [--settings NAME ...] [--versus NAME] \\
+        [--of retrieval cluster linear finetune]
     python -m experiments.compare draw results/guiding_36/experiment.json --out docs/guiding.png
 
 In   an experiment, a JSON file:
@@ -183,9 +184,9 @@ def differences(x, found):
             yield (name, *(f"{d[1]:+.1f} ± {d[2]:.1f}, p = {d[3]:.2g} ({d[0]})" if d else "–" for d in pairs))
 
 
-def downstream_tables(x):
-    """Tables of what is downstream: each metric as mean ± deviation over seeds, and differences of the first."""
-    for command in (c for c in METRICS if c in x.downstream):
+def downstream_tables(x, of):
+    """Tables of the commands `of`, downstream: each metric as mean ± deviation over seeds, differences of the first."""
+    for command in (c for c in of if c in x.downstream):
         every = [collect(x, command, metric) for metric in METRICS[command]]
         views, _ = columns_of(every[0])
         by_metric = [columns_of(found)[1] for found in every]
@@ -197,9 +198,8 @@ def downstream_tables(x):
         yield [(f"{command}: {METRICS[command][0]} minus {x.versus}, seed by seed", *views), *differences(x, every[0])]
 
 
-def lines(x, learned):
-    """Tables as lines of Markdown: R@1 by row and view, effective rank at the end, differences from x.versus, and what
-    is downstream."""
+def retrieval_tables(x, learned):
+    """Tables of R@1 by row and view, of the effective rank at the end, and of differences from x.versus."""
     found = collect(x)
     views, by_view = columns_of(found)
     levels = [("R@1", "seeds", *views, *(f"{v} > {learned:g}" for v in views))]
@@ -212,14 +212,18 @@ def lines(x, learned):
         last = [[r[-1] for r in (ranks(log, view)[1] for log in logs) if r] for view in VIEWS[:2]]
         if logs:
             ranked.append((name, *map(mean_and_deviation, last)))
-    against = [(f"minus {x.versus}, seed by seed", *views), *differences(x, found)]
-    tables = [table(*rows) for rows in (levels, ranked, against, *downstream_tables(x)) if len(rows) > 1]
-    return [line for each in tables for line in (*each, "")][:-1]
+    return [levels, ranked, [(f"minus {x.versus}, seed by seed", *views), *differences(x, found)]]
+
+
+def lines(x, learned, of):
+    """The tables of the commands `of` as lines of Markdown."""
+    every = [*(retrieval_tables(x, learned) if "retrieval" in of else ()), *downstream_tables(x, of)]
+    return [line for rows in every if len(rows) > 1 for line in (*table(*rows), "")][:-1]
 
 
 def show(args):
     x = read_experiment(args.experiment, args.settings, args.versus)
-    print("\n".join(lines(x, args.learned)))
+    print("\n".join(lines(x, args.learned, args.of)))
     print("\nIn percent: mean ± standard deviation over seeds. Differences: mean ± its standard error, p of the paired "
           "t-test, (seeds in both).")
     return 0
@@ -272,6 +276,9 @@ def main(argv=None):
     some = {"nargs": "+", "metavar": "NAME", "help": "these rows alone, in this order"}
     c.add_argument("--settings", **some)
     c.add_argument("--versus", metavar="NAME", help="the row that others are compared with (default: the experiment's)")
+    every = ("retrieval", *METRICS)
+    c.add_argument("--of", nargs="+", choices=every, default=every, metavar="COMMAND",
+                   help=f"{', '.join(every)}: these results alone")
     c.add_argument("--learned", type=float, default=30, help="R@1 above which a view has learned")
     c.set_defaults(call=show)
     c = commands.add_parser("draw", help="seeds, means and effective rank as a picture")

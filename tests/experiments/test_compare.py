@@ -25,7 +25,8 @@ def result(path, rgb, metric="R@1", **protocol):
     path.parent.mkdir(parents=True, exist_ok=True)
     both = {"protocol": {"method": "goca", "queries": 4, **protocol}, "results": {"rgb": {metric: rgb}}}
     path.write_text(json.dumps(both))
-    path.with_suffix(".jsonl").write_text("{}\n")
+    if metric == "R@1":
+        path.with_suffix(".jsonl").write_text("{}\n")
 
 
 def test_means_deviations_and_the_paired_test_by_hand(tmp_path, capsys):
@@ -91,6 +92,8 @@ def test_what_is_downstream_has_its_own_tables(tmp_path, capsys):
     assert "| linear: top-1 | seeds | rgb |" in out and "| goca | 3 | 51.0 ± 1.0 |\n" in out
     assert "| linear: top-1 minus sep, seed by seed | rgb |" in out and "| goca | +31.0 ± 0.6" in out
     assert "finetune" not in out
+    assert compare.main(["show", str(path), "--of", "retrieval", "cluster"]) == 0
+    assert "linear" not in (out := capsys.readouterr().out) and "| goca | 3 | 10.0 ± 0.0 |" in out
 
 
 def test_without_three_pairs_no_difference_is_shown(tmp_path, capsys):
@@ -140,7 +143,7 @@ def test_all_runs_are_made_once_and_their_logs_kept(tiny, tmp_path, forked, monk
     untrained = json.loads((tmp_path / "untrained" / "seed5.json").read_text())
     row = f"| untrained | 1 | {untrained['results']['rgb']['R@1']:.1f} |"
     assert untrained["protocol"]["method"] == "untrained"
-    assert any(line.startswith(row) for line in compare.lines(compare.read_experiment(path), 30))
+    assert any(line.startswith(row) for line in compare.lines(compare.read_experiment(path), 30, ["retrieval"]))
     assert compare.main(run) == 0 and (tmp_path / "commands.jsonl").read_text() == notes
 
 
