@@ -3,6 +3,7 @@
     python -m experiments.figures method     --out docs/method.svg
     python -m experiments.figures prototypes --prototypes prototypes.npz --out figure3.png
     python -m experiments.figures training   --run RUN [--run RUN ...] --out training.png
+    python -m experiments.figures steps      --run RUN [--run RUN ...] --out steps.png
     python -m experiments.figures retrieval  --json retrieval.json [--versus other.json] [--split 2] --out figure4.png
     python -m experiments.figures lambda     --results DIR [--on ucf101] --out lambda.png
     python -m experiments.figures features   --features FILE [--versus FILE] --view rgb --out features.png
@@ -10,10 +11,12 @@
 
 method: Fig. 2 in our own hand (method.py), from no file. prototypes: Fig. 3, t-SNE of the prototypes
 before (random) and after Eq. 11, and the cosine of each to its nearest. training: the curves of one or several
-RUN/log.jsonl. retrieval: Fig. 4, queries with their nearest videos, right and wrong ones framed and marked; with
---versus the same queries answered by another network. lambda: Table 2, the paper's beside ours (`experiments.tables
-run --table 2`). features: t-SNE of a file of features of evaluate.py by class. confusion: classes against what a
-classifier, or the nearest neighbour, says. Of a result of several splits the first is drawn, or that of --split.
+RUN/log.jsonl. steps: R@1 of a run's checkpoints (pretrain.py --keep; RUN/*.json, results of evaluate.py retrieval) and
+the effective rank of both views over its steps. retrieval: Fig. 4, queries with their nearest videos, right and wrong
+ones framed and marked; with --versus the same queries answered by another network. lambda: Table 2, the paper's beside
+ours (`experiments.tables run --table 2`). features: t-SNE of a file of features of evaluate.py by class. confusion:
+classes against what a classifier, or the nearest neighbour, says. Of a result of several splits the first is drawn, or
+that of --split.
 """
 
 import argparse
@@ -26,7 +29,7 @@ import torch
 from experiments import method
 from experiments.paper import LAMBDA_GRID, LAMBDAS, TABLES
 from experiments.result_files import confusion_table, curve, load_retrieval, of_split, one_query_a_class, read_log
-from experiments.tables import check_comparable, collect, ours
+from experiments.tables import check_comparable, collect, load, ours
 from support.cli import Subcommand, command_line
 from support.errors import BadInput
 from support.features import view_matrix
@@ -113,6 +116,33 @@ def training(args):
         axis.annotate("ln N", (0, ln_n), color="grey", va="bottom")
     axes[0, 0].legend()
     figure.tight_layout()
+    save(figure, args.out)
+
+
+def steps(args):
+    """A column a run: R@1 of its checkpoints by view, and below the effective rank of both views, over the steps."""
+    figure, axes = plt.subplots(2, len(args.run), figsize=(4.6 * len(args.run), 5.2), sharex=True, sharey="row",
+                                squeeze=False, layout="constrained")
+    for (above, below), run in zip(axes.T, args.run, strict=True):
+        log, points = read_log(run), {}
+        for path in sorted(Path(run).glob("*.json")):
+            result = load(path)
+            of = result["protocol"].get("pretraining", {})
+            if any(of.get(k) != log.settings.get(k) for k in ("seed", "lr", "epochs", "lead")):
+                raise BadInput(f"{path} is of another run than {log.path}")
+            for view, found in result["results"].items():
+                points.setdefault(view, []).append((result["protocol"]["step"], found["R@1"]))
+        if not points:
+            raise BadInput(f"{run} holds no *.json; evaluate its checkpoints: python evaluate.py retrieval "
+                           f"--checkpoint {run}/checkpoint.1.pt --json {run}/checkpoint.1.json")
+        for colour, mark, view in zip(COLOURS, "os^", ("rgb", "flow", "rgb+flow"), strict=False):
+            if view in points:
+                above.plot(*zip(*sorted(points[view]), strict=True), color=colour, marker=mark, label=view)
+            if found := curve(log.steps, f"effective_rank_{view}", "step"):
+                below.plot(*zip(*found, strict=True), color=colour, label=view)
+        above.set(title=f"{Path(run).name}: R@1 (%)", ylim=(0, 100))
+        below.set(title="effective rank of the features", xlabel="step")
+    axes[0, 0].legend()
     save(figure, args.out)
 
 
@@ -278,6 +308,9 @@ def main(argv=None):
     c = commands.add_parser("training", help="curves of log.jsonl")
     c.add_argument("--run", action="append", required=True, help="folder of a run; may be repeated")
     c.set_defaults(draw=training)
+    c = commands.add_parser("steps", help="R@1 of a run's checkpoints over its steps")
+    c.add_argument("--run", action="append", required=True, help="folder with log.jsonl and results; may be repeated")
+    c.set_defaults(draw=steps)
     c = commands.add_parser("retrieval", help="Fig. 4")
     c.add_argument("--json", required=True, help="result of evaluate.py retrieval")
     c.add_argument("--versus", help="another network's result on the same queries")

@@ -71,9 +71,9 @@ def read_log(run):
     return RunLog(path, starts, steps)
 
 
-def curve(steps, key):
-    """[(epoch, value)] of the lines that have a finite number of that name."""
-    return [(s["epoch"], s[key]) for s in steps if isinstance(s.get(key), (int, float)) and math.isfinite(s[key])]
+def curve(steps, key, over="epoch"):
+    """[(epoch or step, value)] of the lines that have a finite number of that name."""
+    return [(s[over], s[key]) for s in steps if isinstance(s.get(key), (int, float)) and math.isfinite(s[key])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
