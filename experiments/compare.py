@@ -43,6 +43,7 @@ from support.files import check_writable
 VIEWS = ("rgb", "flow", "rgb+flow")
 NEEDED = {"set": dict, "prototypes": str, "processes": int, "flags": str, "settings": dict, "seeds": list,
           "versus": str}
+OPTIONAL = {"evaluate": str, "untrained": str, "downstream": dict}
 METRICS = {TABLES[n].command: TABLES[n].metrics for n in (6, 8, 7)}  # downstream; differences are of the first
 
 
@@ -51,18 +52,22 @@ def read_experiment(path, settings=None, versus=None):
     `versus` the differences from that one. Raises BadInput where it is not as described above."""
     try:
         fields = json.loads(Path(path).read_text("utf-8-sig"))
-        wrong = [f"{k} must be {kind.__name__}" for k, kind in NEEDED.items() if not isinstance(fields.get(k), kind)]
-    except (OSError, ValueError, AttributeError) as e:
+        wrong = [f"{k} is none of its fields" for k in fields if k not in NEEDED | OPTIONAL]
+        fields = {k: kind() for k, kind in OPTIONAL.items()} | fields
+        wrong += [f"{k} must be {kind.__name__}" for k, kind in (NEEDED | OPTIONAL).items()
+                  if not isinstance(fields.get(k), kind)]
+    except (OSError, ValueError, TypeError) as e:
         raise BadInput(f"{path} is no JSON file of an experiment ({e}); see experiments/compare.py") from e
     if wrong:
         raise BadInput(f"{path}: {'; '.join(wrong)}; see experiments/compare.py")
-    x = SimpleNamespace(**{"evaluate": "", "untrained": "", "downstream": {}, **fields}, folder=Path(path).parent)
+    x = SimpleNamespace(**fields, folder=Path(path).parent)
     x.rows = [*x.settings, *(["untrained"] if x.untrained else [])]  # their names are those of the results' folders
     x.versus = versus or x.versus
     named = {"versus": [x.versus], "--settings": settings or []}
     for command, its in x.downstream.items():
-        if command not in METRICS or not isinstance(its, dict):
-            raise BadInput(f"{path}: downstream knows {', '.join(METRICS)}, each with an object; not {command}: {its}")
+        if command not in METRICS or not isinstance(its, dict) or its.keys() - {"flags", "settings", "seeds"}:
+            raise BadInput(f"{path}: downstream knows {', '.join(METRICS)}, each with flags, settings, seeds; not "
+                           f"{json.dumps({command: its})}")
         named[f"downstream {command}"] = its.get("settings", [])
     for where, names in named.items():
         for name in (n for n in names if n not in x.rows):
@@ -98,10 +103,13 @@ def run(args):
             features = ["--features", str(run_folder / "features")]
         else:
             network, features = ["--checkpoint", str(run_folder)], []  # beside the checkpoint
-            if not log.with_suffix(".json").exists():
-                trained = driver(["pretrain.py", *shlex.split(x.flags), *data_set, "--prototypes", x.prototypes,
-                                  "--out", str(run_folder), *shlex.split(x.settings[name]), "--seed", str(seed)],
-                                 run_folder / "checkpoint.pt", run_folder / "pretrain.log", x.processes)
+            command = ["pretrain.py", *shlex.split(x.flags), *data_set, "--prototypes", x.prototypes, "--out",
+                       str(run_folder), *shlex.split(x.settings[name]), "--seed", str(seed)]
+            checkpoint = run_folder / "checkpoint.pt"
+            if log.with_suffix(".json").exists():
+                driver.check(command, checkpoint)
+            else:
+                trained = driver(command, checkpoint, run_folder / "pretrain.log", x.processes)
                 if (run_folder / "log.jsonl").exists():  # of a run that failed, too
                     shutil.copyfile(run_folder / "log.jsonl", log)
                 if not trained:

@@ -83,13 +83,18 @@ class Driver:
         self.done = {from_root(line["out"]): [*map(from_root, line["command"])] for line in read_commands(results)
                      if line["status"] == 0}
 
+    def check(self, command, out):
+        """Raise BadInput where `out` was made by another command than this."""
+        made = self.done.get(from_root(str(out)))
+        if made and made != [*map(from_root, command)]:
+            raise BadInput(f"{out} was made by another command ({shlex.join(made)}): give another folder for the "
+                           f"results, or remove what it made")
+
     def __call__(self, command, out, log, processes=1):
         """Run `python *command`, whose result is the file `out`, unless that was done -> whether `out` is there."""
         out, noted, command = Path(out), from_root(str(out)), [*map(from_root, command)]
         if out.exists() and noted in self.done:
-            if self.done[noted] != command:
-                raise BadInput(f"{out} was made by another command ({shlex.join(self.done[noted])}); give another "
-                               f"--results, or remove it")
+            self.check(command, out)
             return True
         launch = [sys.executable]
         if processes > 1:

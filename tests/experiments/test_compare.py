@@ -145,12 +145,18 @@ def test_all_runs_are_made_once_and_their_logs_kept(tiny, tmp_path, forked, monk
     assert untrained["protocol"]["method"] == "untrained"
     assert any(line.startswith(row) for line in compare.lines(compare.read_experiment(path), 30, ["retrieval"]))
     assert compare.main(run) == 0 and (tmp_path / "commands.jsonl").read_text() == notes
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, "settings": {"sep": "--method sep --lr 1.0"}}))
+    with pytest.raises(BadInput, match=r"sep/seed5/checkpoint.pt was made by another command \(pretrain.py"):
+        compare.main(run)
 
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"versus": "none"}, "versus none is none of its settings"), ({"seeds": None}, "seeds must be list"),
     ({"settings": ["goca"]}, "settings must be dict"),
-    ({"downstream": {"retrieval": {}}}, "downstream knows cluster, linear, finetune"),
+    ({"downsteam": {}}, "downsteam is none of its fields"), ({"downstream": ["linear"]}, "downstream must be dict"),
+    ({"downstream": {"retrieval": {}}}, 'downstream knows cluster, linear, finetune.*not {"retrieval": {}}'),
+    ({"downstream": {"linear": {"flag": ""}}}, "each with flags, settings, seeds; not"),
     ({"downstream": {"linear": {"settings": ["avg"]}}}, "downstream linear avg is none of its settings")])
 def test_what_an_experiment_lacks_is_named(tmp_path, changes, words):
     with pytest.raises(BadInput, match=words):
