@@ -17,10 +17,11 @@ Out  beside it <setting>/seed<k>.json (evaluate.py retrieval), seed<k>.<command>
      --work.
 
 run: seed by seed, so that what is there so far is paired; what is done is not done again, and an interrupted run goes
-on. show: R@1 of each setting, mean and standard deviation over seeds, seeds on which a view learned, the effective rank
-of its features in the end (it needs no labels), what is downstream, and, seed by seed against `versus`, the mean
-difference, its standard error and p of a paired t-test (two-sided). draw: every seed's R@1, means with their standard
-errors, and both views' effective rank over the steps, which shows when a view began to learn.
+on. show: R@1 of each setting, mean and standard deviation over seeds, seeds on which a view learned, what the log says
+at the end (effective rank of the features by view, how often both views choose one prototype), what is downstream, and,
+seed by seed against `versus`, the mean difference, its standard error and p of a paired t-test (two-sided). draw: every
+seed's R@1, means with their standard errors, and both views' effective rank over the steps, which shows when a view
+began to learn.
 """
 
 import argparse
@@ -44,6 +45,8 @@ VIEWS = ("rgb", "flow", "rgb+flow")
 NEEDED = {"set": dict, "prototypes": str, "processes": int, "flags": str, "settings": dict, "seeds": list,
           "versus": str}
 OPTIONAL = {"evaluate": str, "untrained": str, "downstream": dict}
+AT_THE_END = {"effective rank of rgb": ("effective_rank_rgb", 1), "of flow": ("effective_rank_flow", 1),
+              "views agree (%)": ("views_agree", 100)}  # of the log, what needs no labels: its name there, a factor
 METRICS = {TABLES[n].command: TABLES[n].metrics for n in (6, 8, 7)}  # downstream; differences are of the first
 
 
@@ -150,10 +153,10 @@ def columns_of(found):
                    for name, seeds in found.items()}
 
 
-def ranks(path, view):
-    """A log's steps and its effective rank of a view -> ([step, ...], [rank, ...])."""
-    steps = [line for line in map(json.loads, path.read_text().splitlines()) if f"effective_rank_{view}" in line]
-    return [line["step"] for line in steps], [line[f"effective_rank_{view}"] for line in steps]
+def logged(path, key):
+    """A number of a log over its steps -> ([step, ...], [number, ...])."""
+    steps = [line for line in map(json.loads, path.read_text().splitlines()) if key in line]
+    return [line["step"] for line in steps], [line[key] for line in steps]
 
 
 def paired(ours, theirs):
@@ -207,20 +210,21 @@ def downstream_tables(x, of):
 
 
 def retrieval_tables(x, learned):
-    """Tables of R@1 by row and view, of the effective rank at the end, and of differences from x.versus."""
+    """Tables of R@1 by row and view, of the log's end, and of differences from x.versus."""
     found = collect(x)
     views, by_view = columns_of(found)
     levels = [("R@1", "seeds", *views, *(f"{v} > {learned:g}" for v in views))]
-    ranked = [("effective rank at the end", *VIEWS[:2])]
+    ends = [("at the end, by the log", *AT_THE_END)]
     for name, columns in by_view.items():
         logs, n = sorted((x.folder / name).glob("seed*.jsonl")), len(found[name])
         failed = f", {len(logs) - n} without a result" if len(logs) > n else ""
         above = [f"{sum(r > learned for r in c.values())} of {len(c)}" for c in columns]
         levels.append((name, f"{n}{failed}", *(mean_and_deviation(c.values()) for c in columns), *above))
-        last = [[r[-1] for r in (ranks(log, view)[1] for log in logs) if r] for view in VIEWS[:2]]
+        last = [[factor * found[-1] for found in (logged(log, key)[1] for log in logs) if found]
+                for key, factor in AT_THE_END.values()]
         if logs:
-            ranked.append((name, *map(mean_and_deviation, last)))
-    return [levels, ranked, [(f"minus {x.versus}, seed by seed", *views), *differences(x, found)]]
+            ends.append((name, *map(mean_and_deviation, last)))
+    return [levels, ends, [(f"minus {x.versus}, seed by seed", *views), *differences(x, found)]]
 
 
 def lines(x, learned, of):
@@ -249,7 +253,7 @@ def draw(args):
     x = read_experiment(args.experiment, args.settings)
     found = collect(x)
     views, _ = columns_of(found)
-    figure, axes = plt.subplots(1, 3, figsize=(8.8, 2.95), layout="constrained", width_ratios=(1.4, 1, 1))
+    figure, axes = plt.subplots(1, 3, figsize=(8.8, 3.2), layout="constrained", width_ratios=(1.4, 1, 1))
     width = min(0.22, 0.8 / len(found))
     for k, (name, seeds) in enumerate(found.items()):
         colour, at = COLOURS[k % len(COLOURS)], [v + width * (k - (len(found) - 1) / 2) for v in range(len(views))]
@@ -263,11 +267,14 @@ def draw(args):
         axes[0].scatter([], [], color=colour, marker="os"[k % 2], label=f"{name}, {len(seeds)} seeds")
         for axis, view in zip(axes[1:], VIEWS, strict=False):
             for path in sorted((x.folder / name).glob("seed*.jsonl")):
-                axis.plot(*ranks(path, view), color=colour, alpha=0.6, linestyle=("-", "--")[k % 2], linewidth=1)
-            axis.set(title=f"effective rank of {view}", xlabel="step", ylim=(1, None))
+                axis.plot(*logged(path, f"effective_rank_{view}"), color=colour, alpha=0.6,
+                          linestyle=("-", "--")[k % 2], linewidth=1)
+    for axis, view in zip(axes[1:], VIEWS, strict=False):
+        axis.set(title=f"effective rank of {view}", xlabel="step")
+        axis.set_ylim(bottom=1)  # after the last curve: it keeps the top where it is
     axes[0].set(title="R@1 (%): seeds, mean ± standard error", xticks=range(len(views)), xticklabels=views,
                 ylim=(0, 100))
-    axes[0].legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=min(6, len(found)), fontsize=8)
     save(figure, args.out)
     return 0
 

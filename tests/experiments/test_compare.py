@@ -33,7 +33,8 @@ def test_means_deviations_and_the_paired_test_by_hand(tmp_path, capsys):
     path = experiment(tmp_path)
     for seed, (sep, goca) in enumerate([(10, 40), (12, 20), (8, 50), (14, 34)]):
         result(tmp_path / "sep" / f"seed{seed}.json", sep)
-        log = [{"step": 1, "effective_rank_rgb": 9}, {"step": 2, "effective_rank_rgb": (1, 2, 2, 3)[seed]}, {"end": 1}]
+        log = [{"step": 1, "effective_rank_rgb": 9, "views_agree": 0.5},
+               {"step": 2, "effective_rank_rgb": (1, 2, 2, 3)[seed], "views_agree": 0.25}, {"end": 1}]
         (tmp_path / "sep" / f"seed{seed}.jsonl").write_text("\n".join(map(json.dumps, log)))
         result(tmp_path / "goca" / f"seed{seed}.json", goca)
     (tmp_path / "goca" / "seed3.json").unlink()  # a run that failed: its log is there
@@ -42,7 +43,7 @@ def test_means_deviations_and_the_paired_test_by_hand(tmp_path, capsys):
     differences = [30, 8, 42]
     mean, error = sum(differences) / 3, math.sqrt(sum((d - 80 / 3) ** 2 for d in differences) / 2 / 3)
     p = 2 * student.sf(mean / error, 2)
-    assert "| sep | 4 | 11.0 ± 2.6 | 0 of 4 |" in out and "| sep | 2.0 ± 0.8 | – |" in out
+    assert "| sep | 4 | 11.0 ± 2.6 | 0 of 4 |" in out and "| sep | 2.0 ± 0.8 | – | 25.0 ± 0.0 |" in out
     assert "| goca | 3, 1 without a result | 36.7 ± 15.3 | 2 of 3 |" in out
     assert f"| goca | {mean:+.1f} ± {error:.1f}, p = {p:.2g} (3) |" in out
     capsys.readouterr()
@@ -55,7 +56,7 @@ def test_the_picture_shows_every_seed_and_when_a_view_began_to_learn(tmp_path, m
     for name in ("sep", "goca"):
         for seed in range(3):
             result(tmp_path / name / f"seed{seed}.json", 10 + seed)
-            steps = [{"step": k, "effective_rank_rgb": 1 + k, "effective_rank_flow": 2} for k in (1, 2)]
+            steps = [{"step": k, "effective_rank_rgb": 1 + k + seed, "effective_rank_flow": 2} for k in (1, 2)]
             (tmp_path / name / f"seed{seed}.jsonl").write_text("\n".join(map(json.dumps, [{"settings": {}}, *steps])))
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, out: drawn.append((figure, out)))
@@ -64,7 +65,8 @@ def test_the_picture_shows_every_seed_and_when_a_view_began_to_learn(tmp_path, m
     seeds, rgb, flow = figure.axes
     dots = [tuple(xy) for c in seeds.collections for xy in c.get_offsets().tolist()]
     assert sorted(y for _, y in dots if y >= 10) == [10, 10, 11, 11, 12, 12] and out == "seeds.png"
-    assert [line.get_ydata().tolist() for line in rgb.lines] == [[2, 3]] * 6
+    assert [line.get_ydata().tolist() for line in rgb.lines] == [[2, 3], [3, 4], [4, 5]] * 2
+    assert rgb.get_ylim()[0] == 1 and rgb.get_ylim()[1] >= 5  # no curve is cut
     assert [line.get_ydata().tolist() for line in flow.lines] == [[2, 2]] * 6
 
 
