@@ -1,7 +1,7 @@
 """Settings of pre-training compared over seeds: a result is a distribution.
 
     python -m experiments.compare run  results/guiding_36/experiment.json --work runs/guiding_36
-    python -m experiments.compare show results/guiding_36/experiment.json [--settings NAME ...] [--versus NAME] \\
+    python -m experiments.compare show results/guiding_36/experiment.json [--settings NAME ...] [--versus NAME ...] \\
         [--of retrieval cluster linear finetune]
     python -m experiments.compare draw results/guiding_36/experiment.json --out docs/guiding.png
 
@@ -51,8 +51,8 @@ METRICS = {TABLES[n].command: TABLES[n].metrics for n in (6, 8, 7)}  # downstrea
 
 
 def read_experiment(path, settings=None, versus=None):
-    """An experiment's file -> its fields, and `folder`; with `settings`, names of its rows, those alone, and with
-    `versus` the differences from that one. Raises BadInput where it is not as described above."""
+    """An experiment's file -> its fields, `folder`, and names: `rows`, all or those of `settings`, and `versus`, what
+    they are compared with, its own or those given. Raises BadInput where it is not as described above."""
     try:
         fields = json.loads(Path(path).read_text("utf-8-sig"))
         wrong = [f"{k} is none of its fields" for k in fields if k not in NEEDED | OPTIONAL]
@@ -65,8 +65,8 @@ def read_experiment(path, settings=None, versus=None):
         raise BadInput(f"{path}: {'; '.join(wrong)}; see experiments/compare.py")
     x = SimpleNamespace(**fields, folder=Path(path).parent)
     x.rows = [*x.settings, *(["untrained"] if x.untrained else [])]  # their names are those of the results' folders
-    x.versus = versus or x.versus
-    named = {"versus": [x.versus], "--settings": settings or []}
+    x.versus = versus or [x.versus]
+    named = {"versus": x.versus, "--settings": settings or []}
     for command, its in x.downstream.items():
         if command not in METRICS or not isinstance(its, dict) or its.keys() - {"flags", "settings", "seeds"}:
             raise BadInput(f"{path}: downstream knows {', '.join(METRICS)}, each with flags, settings, seeds; not "
@@ -186,13 +186,17 @@ def table(*rows):
     return [head, "|---" * len(rows[0]) + "|", *rest]
 
 
-def differences(x, found):
-    """The rows of a table of differences from x.versus, seed by seed, without its head."""
-    _, columns = columns_of(found)
-    for name in (name for name in columns if name != x.versus and x.versus in columns):
-        pairs = [paired(ours, theirs) for ours, theirs in zip(columns[name], columns[x.versus], strict=True)]
-        if any(pairs):
-            yield (name, *(f"{d[1]:+.1f} ± {d[2]:.1f}, p = {d[3]:.2g} ({d[0]})" if d else "–" for d in pairs))
+def differences(x, found, of=""):
+    """Tables of differences from each of x.versus, seed by seed."""
+    views, columns = columns_of(found)
+    for versus in (v for v in x.versus if v in columns):
+        rows = [(f"{of}minus {versus}, seed by seed", *views)]
+        for name in (name for name in columns if name != versus):
+            pairs = [paired(ours, theirs) for ours, theirs in zip(columns[name], columns[versus], strict=True)]
+            if any(pairs):
+                cells = (f"{d[1]:+.1f} ± {d[2]:.1f}, p = {d[3]:.2g} ({d[0]})" if d else "–" for d in pairs)
+                rows.append((name, *cells))
+        yield rows
 
 
 def downstream_tables(x, of):
@@ -206,11 +210,11 @@ def downstream_tables(x, of):
             cells = [" / ".join(mean_and_deviation(c[name][k].values()) for c in by_metric) for k in range(len(views))]
             levels.append((name, str(len(every[0][name])), *cells))
         yield levels
-        yield [(f"{command}: {METRICS[command][0]} minus {x.versus}, seed by seed", *views), *differences(x, every[0])]
+        yield from differences(x, every[0], f"{command}: {METRICS[command][0]} ")
 
 
 def retrieval_tables(x, learned):
-    """Tables of R@1 by row and view, of the log's end, and of differences from x.versus."""
+    """Tables of R@1 by row and view, of the log's end, and of differences."""
     found = collect(x)
     views, by_view = columns_of(found)
     levels = [("R@1", "seeds", *views, *(f"{v} > {learned:g}" for v in views))]
@@ -224,7 +228,7 @@ def retrieval_tables(x, learned):
                 for key, factor in AT_THE_END.values()]
         if logs:
             ends.append((name, *map(mean_and_deviation, last)))
-    return [levels, ends, [(f"minus {x.versus}, seed by seed", *views), *differences(x, found)]]
+    return [levels, ends, *differences(x, found)]
 
 
 def lines(x, learned, of):
@@ -290,7 +294,8 @@ def main(argv=None):
     c.add_argument("experiment", help="JSON file of the experiment")
     some = {"nargs": "+", "metavar": "NAME", "help": "these rows alone, in this order"}
     c.add_argument("--settings", **some)
-    c.add_argument("--versus", metavar="NAME", help="the row that others are compared with (default: the experiment's)")
+    c.add_argument("--versus", nargs="+", metavar="NAME",
+                   help="rows that the others are compared with (default: the experiment's)")
     every = ("retrieval", *METRICS)
     c.add_argument("--of", nargs="+", choices=every, default=every, metavar="COMMAND",
                    help=f"{', '.join(every)}: these results alone")

@@ -75,8 +75,9 @@ def test_rows_are_chosen_and_compared_with_any_other(tmp_path, capsys):
     for seed in range(3):
         result(tmp_path / "sep" / f"seed{seed}.json", 10 + seed)
         result(tmp_path / "goca" / f"seed{seed}.json", 40 + 2 * seed)
-    compare.main(["show", str(path), "--versus", "goca"])
+    compare.main(["show", str(path), "--versus", "goca", "sep"])
     assert "| minus goca, seed by seed | rgb |" in (out := capsys.readouterr().out) and "| sep | -31.0 ± 0.6" in out
+    assert "| minus sep, seed by seed | rgb |" in out and "| goca | +31.0 ± 0.6" in out
     compare.main(["show", str(path), "--settings", "goca"])
     assert "sep |" not in (out := capsys.readouterr().out) and "| goca | 3 | 42.0 ± 2.0 | 3 of 3 |" in out
     with pytest.raises(BadInput, match=r"--settings untrained is none of its settings \(sep, goca\)"):
