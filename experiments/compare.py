@@ -3,7 +3,7 @@
     python -m experiments.compare run  results/guiding_36/experiment.json --work runs/guiding_36
     python -m experiments.compare show results/guiding_36/experiment.json [--settings NAME ...] [--versus NAME ...] \\
         [--of retrieval cluster linear finetune]
-    python -m experiments.compare draw results/guiding_36/experiment.json --out docs/guiding.png
+    python -m experiments.compare draw results/guiding_28/experiment.json --out seeds.png
 
 In   an experiment, a JSON file:
      {"set": {"dataset": ..., "videos": ..., "splits": ..., "flow": ...}, "prototypes": FILE, "processes": 2,
@@ -76,6 +76,8 @@ def read_experiment(path, settings=None, versus=None):
         for name in (n for n in names if n not in x.rows):
             raise BadInput(f"{path}: {where} {name} is none of its settings ({', '.join(x.rows)})")
     x.rows = settings or x.rows
+    if lacking := set(versus or ()) - set(x.rows):
+        raise BadInput(f"--versus {lacking.pop()} is not among --settings {' '.join(x.rows)}")
     return x
 
 

@@ -259,8 +259,8 @@ def features(args):
         for i, c in enumerate(sorted(shown)):
             axis.scatter(*at[labels[own] == c].T, s=26, color=COLOURS[i % 8], marker="os^DvPX"[i % 7], linewidths=0,
                          label=header["classes"][c])  # 56 pairs of colour and shape
-        axis.set(title=f"{Path(file).parents[1].name}: {args.view}, {own.sum()} videos, centred (t-SNE)", xticks=[],
-                 yticks=[])
+        run = "/".join(Path(file).absolute().parts[-4:-2])
+        axis.set(title=f"{run}: {args.view}, {own.sum()} videos (t-SNE)", xticks=[], yticks=[])
     axes.flat[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     figure.tight_layout()
     save(figure, args.out)

@@ -82,6 +82,8 @@ def test_rows_are_chosen_and_compared_with_any_other(tmp_path, capsys):
     assert "sep |" not in (out := capsys.readouterr().out) and "| goca | 3 | 42.0 ± 2.0 | 3 of 3 |" in out
     with pytest.raises(BadInput, match=r"--settings untrained is none of its settings \(sep, goca\)"):
         compare.main(["show", str(path), "--settings", "untrained"])
+    with pytest.raises(BadInput, match="--versus sep is not among --settings goca"):
+        compare.main(["show", str(path), "--settings", "goca", "--versus", "sep"])
 
 
 def test_what_is_downstream_has_its_own_tables(tmp_path, capsys):
