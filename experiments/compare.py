@@ -1,7 +1,7 @@
 """Settings of pre-training compared over seeds: a result is a distribution.
 
-    python -m experiments.compare run  results/guiding_36/experiment.json --work runs/guiding_36
-    python -m experiments.compare show results/guiding_36/experiment.json [--settings NAME ...] [--versus NAME ...] \\
+    python -m experiments.compare run  results/guiding_28/experiment.json --work runs/guiding_28
+    python -m experiments.compare show results/guiding_28/experiment.json [--settings NAME ...] [--versus NAME ...] \\
         [--of retrieval cluster linear finetune]
     python -m experiments.compare draw results/guiding_28/experiment.json --out seeds.png
 
@@ -45,6 +45,7 @@ VIEWS = ("rgb", "flow", "rgb+flow")
 NEEDED = {"set": dict, "prototypes": str, "processes": int, "flags": str, "settings": dict, "seeds": list,
           "versus": str}
 OPTIONAL = {"evaluate": str, "untrained": str, "downstream": dict}
+DOWNSTREAM = {"flags": str, "settings": list, "seeds": list}
 AT_THE_END = {"effective rank of rgb": ("effective_rank_rgb", 1), "of flow": ("effective_rank_flow", 1),
               "views agree (%)": ("views_agree", 100)}  # of the log, what needs no labels: its name there, a factor
 METRICS = {TABLES[n].command: TABLES[n].metrics for n in (6, 8, 7)}  # downstream; differences are of the first
@@ -59,6 +60,8 @@ def read_experiment(path, settings=None, versus=None):
         fields = {k: kind() for k, kind in OPTIONAL.items()} | fields
         wrong += [f"{k} must be {kind.__name__}" for k, kind in (NEEDED | OPTIONAL).items()
                   if not isinstance(fields.get(k), kind)]
+        wrong += [f"{k} of {name} must be str" for k in ("set", "settings") if isinstance(fields.get(k), dict)
+                  for name, value in fields[k].items() if not isinstance(value, str)]
     except (OSError, ValueError, TypeError) as e:
         raise BadInput(f"{path} is no JSON file of an experiment ({e}); see experiments/compare.py") from e
     if wrong:
@@ -68,9 +71,10 @@ def read_experiment(path, settings=None, versus=None):
     x.versus = versus or [x.versus]
     named = {"versus": x.versus, "--settings": settings or []}
     for command, its in x.downstream.items():
-        if command not in METRICS or not isinstance(its, dict) or its.keys() - {"flags", "settings", "seeds"}:
-            raise BadInput(f"{path}: downstream knows {', '.join(METRICS)}, each with flags, settings, seeds; not "
-                           f"{json.dumps({command: its})}")
+        if command not in METRICS or not isinstance(its, dict) or not all(
+                isinstance(value, DOWNSTREAM.get(k, ())) for k, value in its.items()):
+            raise BadInput(f"{path}: downstream knows {', '.join(METRICS)}, each with flags (text), settings and seeds "
+                           f"(lists); not {json.dumps({command: its})}")
         named[f"downstream {command}"] = its.get("settings", [])
     for where, names in named.items():
         for name in (n for n in names if n not in x.rows):
@@ -85,13 +89,13 @@ def read_experiment(path, settings=None, versus=None):
 # run
 # ---------------------------------------------------------------------------------------------------------------------
 def evaluations(x, name, seed):
-    """What evaluate.py is still to find of a row and seed -> [(command, its flags, file for the result), ...]."""
+    """What evaluate.py is to find of a row and seed -> [(command, its flags, file for the result), ...]."""
     result = x.folder / name / f"seed{seed}.json"
     wanted = [("retrieval", x.evaluate, result)]
     for command, its in x.downstream.items():
         if name in its.get("settings", x.rows) and seed in its.get("seeds", x.seeds):
             wanted.append((command, its.get("flags", ""), result.with_suffix(f".{command}.json")))
-    return [(command, shlex.split(flags), out) for command, flags, out in wanted if not out.exists()]
+    return [(command, shlex.split(flags), out) for command, flags, out in wanted]
 
 
 def run(args):
@@ -121,9 +125,12 @@ def run(args):
                     continue
         for command, flags, out in evaluations(x, name, seed):
             tuned = command == "finetune"
-            driver(["evaluate.py", command, *network, *data_set, *(["--out", str(run_folder / command)] if tuned else
-                    features), *flags, "--json", str(out)], out, run_folder / f"{command}.log",
-                   x.processes if tuned else 1)
+            folder = ["--out", str(run_folder / command)] if tuned else features
+            words = ["evaluate.py", command, *network, *data_set, *folder, *flags, "--json", str(out)]
+            if out.exists():
+                driver.check(words, out)
+            else:
+                driver(words, out, run_folder / f"{command}.log", x.processes if tuned else 1)
     for log in driver.failed:
         print(f"failed: {log}")
     return 1 if driver.failed else 0

@@ -127,8 +127,8 @@ def steps(args):
         log, points = read_log(run), {}
         for path in sorted(Path(run).glob("*.json")):
             result = load(path)
-            of = result["protocol"].get("pretraining", {})
-            if any(of.get(k) != log.settings.get(k) for k in ("seed", "lr", "epochs", "lead")):
+            of = {**result["protocol"].get("pretraining", {}), "method": result["protocol"]["method"]}
+            if any(of.get(k) != log.settings.get(k) for k in ("method", "seed", "lr", "epochs", "lead")):
                 raise BadInput(f"{path} is of another run than {log.path}")
             for view, found in result["results"].items():
                 points.setdefault(view, []).append((result["protocol"]["step"], found["R@1"]))

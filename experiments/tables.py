@@ -74,6 +74,12 @@ def from_root(word):
     return word.removeprefix(f"{ROOT}{os.sep}")
 
 
+def without_folders(command):
+    """A command without where its run lies, which may have been moved: only the rest decides what it finds."""
+    places = {"--checkpoint", "--features", "--out"}
+    return [word for before, word in zip(["", *command], command, strict=False) if not {before, word} & places]
+
+
 class Driver:
     """Runs commands once: each is noted in DIR/commands.jsonl with its seconds, however it ended."""
 
@@ -86,7 +92,7 @@ class Driver:
     def check(self, command, out):
         """Raise BadInput where `out` was made by another command than this."""
         made = self.done.get(from_root(str(out)))
-        if made and made != [*map(from_root, command)]:
+        if made and without_folders(made) != without_folders([*map(from_root, command)]):
             raise BadInput(f"{out} was made by another command ({shlex.join(made)}): give another folder for the "
                            f"results, or remove what it made")
 

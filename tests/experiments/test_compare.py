@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.paths import ROOT
 from scipy.stats import t as student
 
 from experiments import compare, figures, tables
@@ -151,9 +152,15 @@ def test_all_runs_are_made_once_and_their_logs_kept(tiny, tmp_path, forked, monk
     assert any(line.startswith(row) for line in compare.lines(compare.read_experiment(path), 30, ["retrieval"]))
     assert compare.main(run) == 0 and (tmp_path / "commands.jsonl").read_text() == notes
     fields = json.loads(path.read_text())
-    path.write_text(json.dumps({**fields, "settings": {"sep": "--method sep --lr 1.0"}}))
-    with pytest.raises(BadInput, match=r"sep/seed5/checkpoint.pt was made by another command \(pretrain.py"):
-        compare.main(run)
+    for changes, made in (({"settings": {"sep": "--method sep --lr 1.0"}}, "sep/seed5/checkpoint.pt"),
+                          ({"evaluate": "--protocol coclr"}, "sep/seed5.json"),
+                          ({"downstream": {"cluster": {"flags": "--runs 3"}}}, "sep/seed5.cluster.json")):
+        path.write_text(json.dumps({**fields, **changes}))
+        with pytest.raises(BadInput, match=f"{made} was made by another command"):
+            compare.main(run)
+    path.write_text(json.dumps(fields))
+    assert compare.main([*run[:-1], str(tmp_path / "moved")]) == 0  # what is there needs no run
+    assert (tmp_path / "commands.jsonl").read_text() == notes
 
 
 @pytest.mark.parametrize(("changes", "words"), [
@@ -161,7 +168,9 @@ def test_all_runs_are_made_once_and_their_logs_kept(tiny, tmp_path, forked, monk
     ({"settings": ["goca"]}, "settings must be dict"),
     ({"downsteam": {}}, "downsteam is none of its fields"), ({"downstream": ["linear"]}, "downstream must be dict"),
     ({"downstream": {"retrieval": {}}}, 'downstream knows cluster, linear, finetune.*not {"retrieval": {}}'),
-    ({"downstream": {"linear": {"flag": ""}}}, "each with flags, settings, seeds; not"),
+    ({"downstream": {"linear": {"flag": ""}}}, r"each with flags \(text\), settings and seeds \(lists\); not"),
+    ({"downstream": {"linear": {"seeds": 1}}}, 'not {"linear": {"seeds": 1}}'),
+    ({"settings": {"sep": None}}, "settings of sep must be str"), ({"set": {"split": 2}}, "set of split must be str"),
     ({"downstream": {"linear": {"settings": ["avg"]}}}, "downstream linear avg is none of its settings")])
 def test_what_an_experiment_lacks_is_named(tmp_path, changes, words):
     with pytest.raises(BadInput, match=words):
@@ -177,3 +186,17 @@ def test_results_of_other_queries_are_refused(tmp_path):
     (tmp_path / "experiment.json").write_text("[")
     with pytest.raises(BadInput, match="no JSON file of an experiment"):
         compare.main(["show", str(path)])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("experiment.json")),
+                         ids=lambda p: str(p.parent.relative_to(ROOT / "results")))
+def test_committed_results_are_of_their_experiment_s_flags(path, monkeypatch):
+    """The command that docs/results.md gives goes on with them: none is refused as another command's."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(tables.Driver, "__call__", lambda *_: False)  # nothing is run
+    checked = []
+    monkeypatch.setattr(tables.Driver, "check", lambda self, command, out, check=tables.Driver.check: (
+        check(self, command, out), checked.append(tables.from_root(str(out)) in self.done)))
+    work = ROOT / "runs" / path.parent.relative_to(ROOT / "results")
+    assert compare.main(["run", str(path.relative_to(ROOT)), "--work", str(work)]) == 0
+    assert sum(checked) >= 10

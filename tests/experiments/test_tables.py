@@ -176,9 +176,9 @@ def test_picture_of_what_a_run_s_checkpoints_retrieve(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "save", lambda figure, out: drawn.append(figure))
     draw = ["steps", "--run", str(tmp_path), "--out", str(tmp_path / "p.png")]
     of = {"seed": 3, "lr": 2.0, "epochs": 28, "lead": "flow"}
-    names = ("method", "dataset", "videos", "flow", "arch", "width", "frames", "size", "lambda1", "lambda2",
+    names = ("dataset", "videos", "flow", "arch", "width", "frames", "size", "lambda1", "lambda2",
              "batch_size", "optimizer")
-    log = [{"command": [], "ln_n": 3.0, "videos": 8, "settings": dict.fromkeys(names) | of},
+    log = [{"command": [], "ln_n": 3.0, "videos": 8, "settings": dict.fromkeys(names) | of | {"method": "goca"}},
            {"step": 10, "epoch": 1, "loss": 3.0, "effective_rank_rgb": 1.5}]
     (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in log))
     with pytest.raises(BadInput, match=r"holds no \*.json; evaluate its checkpoints"):
@@ -190,10 +190,11 @@ def test_picture_of_what_a_run_s_checkpoints_retrieve(tmp_path, monkeypatch):
     above, below = drawn[0].axes
     assert [tuple(map(float, p)) for p in above.lines[0].get_xydata()] == [(10, 12), (20, 60)]
     assert [tuple(map(float, p)) for p in below.lines[0].get_xydata()] == [(10, 1.5)]
-    (tmp_path / "late.json").write_text(json.dumps({"protocol": {"method": "goca", "step": 20, "pretraining": {
-        **of, "seed": 4}}, "results": {"rgb": {"R@1": 60.0}}}))
-    with pytest.raises(BadInput, match=r"late\.json is of another run"):
-        figures.main(draw)
+    for method, seed in (("goca", 4), ("sep", 3)):
+        (tmp_path / "late.json").write_text(json.dumps({"protocol": {"method": method, "step": 20, "pretraining": {
+            **of, "seed": seed}}, "results": {"rgb": {"R@1": 60.0}}}))
+        with pytest.raises(BadInput, match=r"late\.json is of another run"):
+            figures.main(draw)
 
 
 def test_pictures_of_one_split_of_several(tmp_path, monkeypatch):
