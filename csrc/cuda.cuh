@@ -26,6 +26,9 @@ __device__ T* shared_memory() {
 __device__ inline float exp2(float t) { return exp2f(t); }
 __device__ inline double exp2(double t) { return ::exp2(t); }
 
+__device__ inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
 template <typename T>
 __device__ T maximum(T a, T b) {
   return a > b ? a : b;

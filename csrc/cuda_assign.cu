@@ -40,10 +40,11 @@ __device__ Row<T> row_of(const Problems<T>& g, const Pass<T>& pass, int64_t b, i
           g.s.u + row};
 }
 
-// x_ij + shift
+// x_ij + shift, rounded once. Left to the compiler, some phases fuse and others don't: then c_j is no maximum of the
+// x_ij that E is made of.
 template <typename T>
 __device__ T exponent(const Pass<T>& pass, const Row<T>& row, int64_t j, T shift) {
-  return row.X ? pass.p * row.S[j] + (pass.q * row.X[j] + shift) : pass.p * row.S[j] + shift;
+  return multiply_add(pass.p, row.S[j], row.X ? multiply_add(pass.q, row.X[j], shift) : shift);
 }
 
 template <typename T>
