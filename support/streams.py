@@ -9,11 +9,20 @@ import av
 UNKNOWN_RATE = 25  # frames a second where a stream says nothing
 
 
+def lenient(version):
+    """Arguments of av.open by which tags that aren't UTF-8 don't keep a film from being read: since PyAV 19 they never
+    do, and it takes no such argument."""
+    return {"metadata_errors": "replace"} if int(version.split(".")[0]) < 19 else {}
+
+
+OPEN = lenient(av.__version__)
+
+
 @contextmanager
 def open_stream(path):
     """The first video stream of a file -> (container, stream), or (None, None) where PyAV finds none."""
     try:
-        container = av.open(f"file:{path}", metadata_errors="replace")
+        container = av.open(f"file:{path}", **OPEN)
     except (av.FFmpegError, ValueError):
         yield None, None
         return

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections import Counter
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from helpers.containers import cut_by_copy, encode, joined
 from PIL import Image
 
 import data
-from support import video_index
+from support import streams, video_index
 from support.avi import write_avi
 from support.datasets import read_split
 from support.errors import BadInput
@@ -123,6 +124,16 @@ def test_a_clip_cut_by_stream_copy_is_not_cut_short(tmp_path):
     assert int(cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT)) == 50  # what the container holds
     assert declared_frames(path) == 28 and cut_short(path, len(shown), declared_frames(path)) is None
     assert video_index.main(["--videos", str(tmp_path / "v"), "--index", str(tmp_path / "i.npz"), "--strict"]) == 0
+
+
+def test_tags_in_another_encoding_are_no_fault(tmp_path):
+    """Whichever PyAV reads them: before 19 they were an error unless told otherwise, since then one may not say so."""
+    plain = encode(numbered(5), "matroska", title="caf~ au lait")
+    assert plain.count(b"caf~") == 1
+    path = write(tmp_path / "cafe.mkv", plain.replace(b"caf~", b"caf\xe9"))
+    assert numbers(decode(path)) == list(range(5))
+    assert streams.lenient("18.1.0") == {"metadata_errors": "replace"} and streams.lenient("19.0.2") == {}
+    assert streams.lenient(av.__version__) == streams.OPEN
 
 
 # --- folders of images -----------------------------------------------------------------------------------------------

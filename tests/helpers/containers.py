@@ -20,7 +20,8 @@ def scheduled_as_before():
 
 
 @scheduled_as_before()
-def encode(frames, form, codec="libx264", stamps=None, rate=25, gop=12, b_frames=0, pixels="yuv420p", options=()):
+def encode(frames, form, codec="libx264", stamps=None, rate=25, gop=12, b_frames=0, pixels="yuv420p", options=(),
+           title=None):
     """uint8 frames [H, W, 3] -> a file's bytes. stamps: times in ms (default: at `rate`). options: of the codec."""
     file = io.BytesIO()
     with av.open(file, "w", format=form) as container:
@@ -28,6 +29,8 @@ def encode(frames, form, codec="libx264", stamps=None, rate=25, gop=12, b_frames
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt, stream.codec_context.gop_size = pixels, gop
         stream.codec_context.max_b_frames, stream.codec_context.thread_count = b_frames, 1
+        if title:
+            container.metadata["title"] = title
         if codec == "libx264":
             stream.options = {"x264-params": "scenecut=0"}  # key frames where `gop` says
         stream.options = {**stream.options, **dict(options)}
