@@ -12,6 +12,7 @@ from experiments.walkers import make
 from support.datasets import read_split
 from support.errors import BadInput
 from support.videos import decode
+from support.worker_pool import run_in_processes
 
 
 def films(out):
@@ -170,6 +171,24 @@ def test_interrupted_it_leaves_nothing_and_is_run_again(small, tmp_path, monkeyp
     assert list(out.parent.iterdir()) == [out]
     assert ({p.relative_to(out): p.read_bytes() for p in out.rglob("*.*")}
             == {p.relative_to(small): p.read_bytes() for p in small.rglob("*.*")})
+
+
+def test_many_films_are_made_by_processes_and_are_the_same(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(walkers, "FILMS_A_PROCESS", 10)
+    monkeypatch.setattr(walkers, "cores", lambda: 2)
+    used = []
+
+    def counted(*args):
+        used.append(args[3])
+        yield from run_in_processes(*args)
+
+    monkeypatch.setattr(walkers, "run_in_processes", counted)
+    assert make(tmp_path / "set", train=20, test=10, size=48, frames=5, seed=3) and used == [2]
+    assert ({p.relative_to(tmp_path / "set"): p.read_bytes() for p in (tmp_path / "set").rglob("*.*")}
+            == {p.relative_to(small): p.read_bytes() for p in small.rglob("*.*")})
+    jobs = {k: (tmp_path / "missing" / f"{k}.avi", 0, k) for k in range(20)}
+    with pytest.raises(BadInput, match=r"missing/\d+.avi could not be written whole"):
+        list(walkers.make_films(jobs, {"seed": 0, "size": 48, "frames": 5, "fps": 25}))
 
 
 def test_other_things_in_the_folder_are_refused_untouched(tmp_path):
