@@ -51,13 +51,13 @@ def main():
     for name in args.rows or ROWS:
         for result in ROWS[name](device, args.videos):
             rows.append(result)
+            if args.json:  # each time: a run that is stopped keeps what it has
+                with atomic(args.json) as path:
+                    path.write_text(json.dumps(rows, indent=1) + "\n")
             floor = "" if result["floor_ms"] is None else f", floor {result['floor_ms']:.3f} ms"
             print(f"{name}: {result['case']} [{result['device']}, {result['threads']} threads]: baseline "
                   f"{result['baseline_ms']:.3f} ms, ours {result['ours_ms']:.3f} ms, {result['ratio']:.1f}x{floor}",
                   flush=True)
-    if args.json:
-        with atomic(args.json) as path:
-            path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

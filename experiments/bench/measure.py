@@ -19,26 +19,35 @@ def device_of(args):
     return torch.device(args.device)
 
 
+GPU_TURN_MS = 20  # about, of each call on a GPU
+
+
 def in_turns(calls, device, seconds=4.0, least=5, clock=time.perf_counter):
     """Median milliseconds of each call, taking turns for about `seconds` and at least `least` rounds.
 
+    On a GPU a turn is as many calls as take some 20 ms, one after the other, and one wait for the device: as in
+    training, where the host isn't made to wait after each.
     clock: time.process_time for what one core does by itself; the load of other jobs then changes little.
     """
 
-    def once(call):
+    def turn(call, count):
         start = clock()
-        call()
+        for _ in range(count):
+            call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return 1e3 * (clock() - start)
+        return 1e3 * (clock() - start) / count
 
+    counts = []
     for call in calls:  # warm-up: first calls allocate
-        once(call), once(call)
+        turn(call, 1)
+        ms = turn(call, 1)
+        counts.append(max(1, round(GPU_TURN_MS / ms)) if device.type == "cuda" else 1)
     times = [[] for _ in calls]
     end = time.perf_counter() + seconds
     while len(times[0]) < least or time.perf_counter() < end:
-        for call, ts in zip(calls, times, strict=True):
-            ts.append(once(call))
+        for call, count, ts in zip(calls, counts, times, strict=True):
+            ts.append(turn(call, count))
     return [statistics.median(ts) for ts in times]
 
 

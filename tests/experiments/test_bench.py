@@ -13,7 +13,7 @@ from experiments.bench import long_film as bench_long_film
 from experiments.bench import prototypes as bench_prototypes
 from experiments.bench import search as bench_search
 from experiments.bench import step as bench_step
-from experiments.bench.measure import row
+from experiments.bench.measure import in_turns, row
 from support.errors import BadInput
 from support.videos import find_videos
 
@@ -83,6 +83,42 @@ def test_rows_are_printed_and_written(tmp_path, monkeypatch, capsys):
     assert written == {"row": "x", "case": "a case", "device": "cpu", "threads": torch.get_num_threads(),
                        "baseline_ms": 6.0, "ours_ms": 2.0, "ratio": 3.0, "floor_ms": 1.0}
     assert "baseline 6.000 ms, ours 2.000 ms, 3.0x, floor 1.000 ms" in capsys.readouterr().out
+
+
+def test_rows_are_written_as_they_come(tmp_path, monkeypatch):
+    def stopped(device, videos):
+        yield row("x", "a case", device, 6.0, 2.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "ROWS", {"x": stopped})
+    monkeypatch.setattr("sys.argv", ["bench", "--json", str(tmp_path / "rows.json"), "--device", "cpu"])
+    with pytest.raises(KeyboardInterrupt):
+        bench.main()
+    assert [r["case"] for r in json.loads((tmp_path / "rows.json").read_text())] == ["a case"]
+
+
+def test_on_a_gpu_a_turn_is_many_calls_and_one_wait(monkeypatch):
+    """With a clock that each call moves by 5 ms and each wait by 10."""
+    now, waits, calls = [0.0], [], []
+
+    def call():
+        calls.append(0)
+        now[0] += 0.005
+
+    def wait(device):
+        waits.append(len(calls))
+        now[0] += 0.01
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    ms, = in_turns([call], torch.device("cuda"), seconds=0, least=3, clock=lambda: now[0])
+    assert waits == [1, 2, 3, 4, 5] and ms == pytest.approx(15)  # 15 ms with its wait: one call fills a turn
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(len(calls)))
+    calls.clear(), waits.clear()
+    ms, = in_turns([call], torch.device("cuda"), seconds=0, least=3, clock=lambda: now[0])
+    assert waits == [1, 2, 6, 10, 14] and ms == pytest.approx(5)
+    calls.clear()
+    in_turns([call], torch.device("cpu"), seconds=0, least=3, clock=lambda: now[0])
+    assert len(calls) == 5
 
 
 def test_no_row_of_the_flow_claims_a_floor(monkeypatch):
