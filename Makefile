@@ -78,7 +78,7 @@ CARD = $(shell nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | t
 gpu: build
 	$(BIN)/python -c "import sys, torch, goca; sys.exit(not (torch.cuda.is_available() and goca._goca.cuda) and \
 	    'make gpu needs a GPU that torch sees, and the extension built with its CUDA kernels (see make build)')"
-	$(BIN)/python -m pytest $(GPU_TESTS)
+	$(BIN)/python -m pytest -n 4 --dist worksteal $(GPU_TESTS)
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest $(GPU_SMALL)
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest $(GPU_SMALL)
 	$(BIN)/python -m experiments.bench operator step flow --json results/$(CARD).json $(if $(VIDEOS),--videos $(VIDEOS))

@@ -249,7 +249,7 @@ def network(s, prototypes, device, world):
     for backbone in net.backbones.values():
         backbone.recompute = s.recompute
         if s.compile:
-            backbone.compile()
+            backbone.compile(dynamic=False)  # the clips have two lengths: code for each, not for any
     return net
 
 

@@ -276,7 +276,8 @@ def test_processes_of_torchrun_share_the_gpus_and_the_cores(tmp_path, monkeypatc
     assert asked == [3, 0] and done == [3, 1]
 
 
-@pytest.mark.parametrize(("more", "pairs"), [([], 4), (["--batch", "8"], 64)], ids=["processes", "batches"])
+@pytest.mark.parametrize(("more", "pairs"), [(["--device", "cpu"], 4), (["--batch", "8"], 64)],
+                         ids=["processes", "batches"])
 def test_a_plan_takes_the_beginning_of_a_video(tmp_path, capsys, more, pairs):
     film(tmp_path / "v" / "long.avi", moving(80, 24, 24, 1, 0))
     assert command(tmp_path / "v", tmp_path / "s", *TRIAL, "--plan", *more) == 0

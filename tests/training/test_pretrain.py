@@ -108,7 +108,7 @@ def test_trained_prototypes_move_and_stay_on_the_sphere(tiny, whole, tmp_path):
 
 def test_both_backbones_are_compiled(monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: compiled.append(m))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **_: compiled.append(m))
     s = settings(compile=True, width=0.125, hidden=16)
     net = pretrain.network(s, torch.eye(16), torch.device("cpu"), 1)
     assert compiled == list(net.backbones.values()) and len(compiled) == 2
@@ -118,7 +118,7 @@ def test_a_compiled_backbone_trains_alike(tiny, tmp_path, monkeypatch):
     """Traced whole by torch.compile; its own code generator would take minutes. One view, and as many short clips as
     long ones, so that one trace is enough: it takes many times as long as a step."""
     real, longer = torch.nn.Module.compile, []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: real(m, backend="eager", fullgraph=True))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **how: real(m, backend="eager", fullgraph=True, **how))
     monkeypatch.setattr(Watchdog, "compiling", lambda self: longer.append(self))
     more = ["--views", "rgb", "--short-crops", "2", "--epochs", "1"]
     assert run(tiny, tmp_path / "plain", *more) == 0 and not longer
