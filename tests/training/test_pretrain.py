@@ -108,10 +108,10 @@ def test_trained_prototypes_move_and_stay_on_the_sphere(tiny, whole, tmp_path):
 
 def test_both_backbones_are_compiled(monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **_: compiled.append(m))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **how: compiled.append((m, how)))
     s = settings(compile=True, width=0.125, hidden=16)
     net = pretrain.network(s, torch.eye(16), torch.device("cpu"), 1)
-    assert compiled == list(net.backbones.values()) and len(compiled) == 2
+    assert compiled == [(m, {"dynamic": False}) for m in net.backbones.values()] and len(compiled) == 2
 
 
 def test_a_compiled_backbone_trains_alike(tiny, tmp_path, monkeypatch):
