@@ -20,6 +20,7 @@ that of --split.
 """
 
 import argparse
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -205,26 +206,34 @@ def retrieval(args):
 # Table 2, features, confusion
 # ---------------------------------------------------------------------------------------------------------------------
 def lambdas(args):
-    """Two heat maps, rows lambda2, columns lambda1: the paper's R@1 and ours, grey where there is no run."""
-    grid, count = np.full((len(LAMBDAS), len(LAMBDAS)), np.nan), 0
+    """Two heat maps, rows lambda2, columns lambda1: the paper's R@1 and ours, mean and deviation over the seeds, grey
+    where there is no run."""
+    size = len(LAMBDAS), len(LAMBDAS)
+    grid, spread = np.full(size, np.nan), np.full(size, np.nan)
+    counts = set()
     for i, row in enumerate(TABLES[2].rows):
         found = collect(args.results, row.run, TABLES[2].command, args.on)
+        counts.add(len(found))
         if found:
             grid.flat[i], _ = ours(found, row.view, "R@1")
-            count = max(count, len(found))
+        if len(found) > 1:
+            spread.flat[i] = statistics.stdev(r["results"][row.view]["R@1"] for r in found.values())
     if np.isnan(grid).all():
         raise BadInput(f"{args.results} holds no run of Table 2 evaluated on {args.on}; make some with: "
                        f"python -m experiments.tables run --table 2")
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.2))
-    seeds = f"{count} seed{'s' if count > 1 else ''} at most"
-    for axis, values, title in ((axes[0], np.array(LAMBDA_GRID), "paper: UCF101, RGB, 200 epochs"),
-                                (axes[1], grid, f"ours: {args.on}, RGB, {seeds}")):
+    seeds = f"{max(counts)} seed{'s' if max(counts) > 1 else ''}{' at most' if len(counts) > 1 else ''}"
+    for axis, values, deviations, title in (
+            (axes[0], np.array(LAMBDA_GRID), np.full(size, np.nan), "paper: UCF101, RGB, 200 epochs"),
+            (axes[1], grid, spread, f"ours: {args.on}, RGB, {seeds}")):
         colours = matplotlib.colormaps["cividis"].with_extremes(bad="0.85")
         image = axis.imshow(values, cmap=colours)
         middle = (np.nanmin(values) + np.nanmax(values)) / 2
         for (y, x), value in np.ndenumerate(values):
-            axis.text(x, y, "not run" if np.isnan(value) else f"{value:.1f}", ha="center", va="center",
-                      fontsize=8 if np.isnan(value) else 11,
+            shown = "not run" if np.isnan(value) else f"{value:.1f}"
+            if not np.isnan(deviations[y, x]):
+                shown += f"\n± {deviations[y, x]:.1f}"
+            axis.text(x, y, shown, ha="center", va="center", fontsize=8 if np.isnan(value) else 11,
                       color="white" if value < middle else "black")
         axis.set(title=title, xlabel="lambda1 (entropy)", ylabel="lambda2 (prior)", xticks=range(len(LAMBDAS)),
                  yticks=range(len(LAMBDAS)), xticklabels=LAMBDAS, yticklabels=LAMBDAS)

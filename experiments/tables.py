@@ -229,7 +229,7 @@ def cells(table, results, data_sets):
     """The lines of a table, each a tuple like HEAD. Several metrics of a cell stand between slashes."""
     spent = Counter()
     for c in read_commands(results):
-        spent[c["out"]] += c["seconds"]  # interrupted attempts too
+        spent[Path(c["out"]).parts[-3:]] += c["seconds"]  # below `results`, wherever that is now; interrupted ones too
     lines = []
     for row in table.rows:
         for name in data_sets or row.values or ["ucf101"]:
@@ -242,9 +242,8 @@ def cells(table, results, data_sets):
                 continue
             each = [ours(found, row.view, m) for m in table.metrics]
             away = [f"{(x - p) / e:+.1f}" if e else "–" for (x, e), p in zip(each, paper or (), strict=bool(paper))]
-            runs = [Path(results).absolute() / row.run / f"seed{seed}" for seed in found]
-            seconds = [spent[str(folder / f)] for folder in runs for f in ("checkpoint.pt",
-                                                                           f"{table.command}-{name}.json")]
+            seconds = [spent[row.run, f"seed{seed}", f] for seed in found
+                       for f in ("checkpoint.pt", f"{table.command}-{name}.json")]
             shown = " / ".join("–" if math.isnan(x) else f"{x:.1f} ± {e:.1f}" for x, e in each)
             lines.append((*line, shown, " / ".join(away) or "–",
                           ", ".join(map(str, found)), f"{sum(seconds) / 3600:.2f}",

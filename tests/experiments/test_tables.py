@@ -40,7 +40,8 @@ def test_a_cell_by_hand(tmp_path):
         out = result(tmp_path, "goca", seed, r1)
         for name in (out, out.parent / "checkpoint.pt"):
             with open(tmp_path / "commands.jsonl", "a") as f:
-                f.write(json.dumps({"out": str(name), "command": [], "seconds": 1800, "status": 0}) + "\n")
+                noted = "results/" + str(name.relative_to(tmp_path))  # as in a checkout, from whose root it is noted
+                f.write(json.dumps({"out": noted, "command": [], "seconds": 1800, "status": 0}) + "\n")
     lines = {line[:2]: line[2:] for line in tables.cells(paper.TABLES[1], tmp_path, None)}
     error = math.hypot(0.8, 2 / 3**0.5)
     assert lines["GOCA+", "ucf101"] == ("70.8 / 81.4", f"68.0 ± {error:.1f} / –", f"{(68 - 70.8) / error:+.1f} / –",
@@ -147,11 +148,21 @@ def picture(path):
     assert min(pixels.shape[:2]) > 200 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
 
 
-def test_pictures_of_lambda_features_and_confusion(tmp_path):
-    result(tmp_path, paper.lambda_run(0.02, 0.03), 0, 59.0)
-    out = str(tmp_path / "p.png")
+def test_picture_of_lambda(tmp_path, monkeypatch):
+    for seed, r1 in enumerate((59, 61)):
+        result(tmp_path, paper.lambda_run(0.02, 0.03), seed, r1)
+    result(tmp_path, paper.lambda_run(0.04, 0.01), 0, 40)
+    out, save, drawn = str(tmp_path / "p.png"), figures.save, []
+    monkeypatch.setattr(figures, "save", lambda figure, path: (drawn.extend(figure.axes), save(figure, path)))
     figures.main(["lambda", "--results", str(tmp_path), "--out", out])
     picture(out)
+    theirs, mine = ([text.get_text() for text in axis.texts] for axis in drawn[:2])
+    assert theirs[9] == "60.9" and mine[9] == "60.0\n± 1.4" and mine[3] == "40.0"  # rows lambda2, columns lambda1
+    assert mine.count("not run") == 14 and drawn[1].get_title() == "ours: ucf101, RGB, 2 seeds at most"
+
+
+def test_pictures_of_features_and_confusion(tmp_path):
+    out = str(tmp_path / "p.png")
     rng = np.random.default_rng(0)
     labels = np.arange(40) % 4
     values = {v: (np.eye(4)[labels] + 0.1 * rng.random((40, 4))).astype(np.float32) for v in ("rgb", "flow")}
