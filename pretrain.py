@@ -52,7 +52,7 @@ from support.optim import LARS, AdamW, learning_rate, scaled_rate, set_rate
 from support.run import Run, continue_run, locked, named_failures
 from support.segments import expand
 from support.stores import FlowStore, RgbStore
-from support.training_flags import choose_views, parser, without_effect
+from support.training_flags import choose_views, default_lead_epochs, parser, without_effect
 from support.training_log import Log, against_out_of_memory, commit, plan
 from support.watchdog import end_process_group
 
@@ -148,7 +148,7 @@ def train_steps(run, s, device):
             with model.precision(device):
                 loss, batch_scores, features, scores = step_loss(run.net, clips, s, prior_views,
                                                                  frozen, run.rows)
-            (loss / run.accumulation_steps).backward()
+            (loss * run.share).backward()
         run.update(loss)  # the optimizer's step, unless a gradient is not finite
         if run.log_due:
             log_d = assign(batch_scores, s, prior_views)
@@ -302,6 +302,9 @@ def arguments(argv=None):
     choose_views(s)
     if s.method == "avg" and s.heads == 2:
         raise BadInput("--method avg has one feature a clip, so no use for --heads 2")
+    if s.method == "sview" and len(s.views) == 2 and s.train_prototypes:
+        raise BadInput("--train-prototypes would be shared by the two networks of --method sview; train one at a time, "
+                       "--views rgb and --views flow")
     if s.lead == "none" and s.lead_epochs:
         raise BadInput(f"--lead-epochs {s.lead_epochs}: which view leads is missing, --lead rgb or --lead flow")
     if s.compile and s.recompute:
@@ -314,7 +317,7 @@ def arguments(argv=None):
         raise BadInput(f"--scale {s.scale[0]} {s.scale[1]}: must be 1 <= LOW <= HIGH")
     notes = list(without_effect(s, p))
     if s.lead_epochs is None:
-        s.lead_epochs = 0 if s.lead == "none" else s.epochs * 3 // 4
+        s.lead_epochs = default_lead_epochs(s.lead, s.epochs)
     if s.warmup_epochs > s.epochs // 2:
         notes.append(f"--warmup-epochs {s.warmup_epochs} is cut to {s.epochs // 2}, half of --epochs {s.epochs}")
         s.warmup_epochs = s.epochs // 2

@@ -24,6 +24,7 @@ import torch
 from support.errors import BadInput, TemporaryFailure
 from support.files import atomic, writing
 from support.optim import learning_rate
+from support.training_flags import default_lead_epochs
 
 # settings that may change on resume
 RESUMABLE = {"device", "workers", "cache", "log_every", "save_every", "videos", "splits", "flow", "rgb", "prototypes",
@@ -77,6 +78,15 @@ def load_checkpoint(path):
         raise Damaged(f"{file} is damaged or no checkpoint of this project: {why}") from e
     if not isinstance(state, dict) or state.get("kind") != "checkpoint" or state.get("version") != 1:
         raise Damaged(f"{file} is no checkpoint of this project (version 1)")
+    return state
+
+
+def load_pretrained(path):
+    """`load_checkpoint` of what pretrain.py wrote. Raises BadInput where it is a classifier's, of evaluate.py."""
+    state = load_checkpoint(path)
+    if "prototypes" not in state["model"]:
+        raise BadInput(f"{path} is a classifier trained by evaluate.py; give the checkpoint of pretrain.py that it "
+                       f"began with")
     return state
 
 
@@ -237,12 +247,14 @@ def check_prototypes(state, out, settings, net):
 
 
 def extend(state, out, settings, s, steps_per_epoch, say):
-    """--extend: keep the run's own warm-up, and say what more epochs do to the learning rate."""
+    """--extend: keep the run's own warm-up and lead, and say what more epochs do to the learning rate."""
     old, step = state["settings"], state["step"]
     if s.epochs < old["epochs"]:
         raise BadInput(f"--extend lengthens a run: {out} was begun with --epochs {old['epochs']}, which is more than "
                        f"{s.epochs}")
     s.warmup_epochs = settings["warmup_epochs"] = old["warmup_epochs"]
+    if s.lead_epochs == default_lead_epochs(s.lead, s.epochs):
+        s.lead_epochs = settings["lead_epochs"] = {**ADDED, **old}["lead_epochs"]
     before = learning_rate(max(0, step - 1), steps_per_epoch, SimpleNamespace(**old))
     now = learning_rate(step, steps_per_epoch, s)
     if s.epochs > old["epochs"]:

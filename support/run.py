@@ -74,8 +74,8 @@ class Run:
     videos      how many there are, where too many that can't be read end the run
     step_kind   step -> value; torch.compile compiles anew for each. None: it is not used
 
-    In the loop: `net`, `step` and `rows` (videos of each process) of this batch, `accumulation_steps` and
-    `is_update_step`, `log_due`. After it: `status`.
+    In the loop: `net`, `step` and `rows` (videos of each process) of this batch, its `share` of the videos of its
+    update, `is_update_step`, `log_due`. After it: `status`.
     """
 
     def __init__(self, process, core, optimizer, statistics, clips, batches, log, save, *, file, settings, advice,
@@ -130,7 +130,8 @@ class Run:
         self.faults, self.rows = batch["fault"], self.batches.rows(self.step)
         first = max(self.first, self.step - self.step % self.accumulate)
         last = min(self.step - self.step % self.accumulate + self.accumulate, self.total)  # of fewer at the end
-        self.accumulation_steps, self.is_update_step = last - first, self.step + 1 == last
+        of_update = sum(sum(self.batches.rows(step)) for step in range(first, last))
+        self.share, self.is_update_step = sum(self.rows) / of_update, self.step + 1 == last
         self.log_due = not self.plan and ((self.step + 1) % self.log_every == 0 or self.step + 1 == self.total)
         if self.step_kind:
             kind = (self.step_kind(self.step), *self.rows)

@@ -4,7 +4,7 @@ import argparse
 from functools import partial
 
 import model
-from support.cli import Help, Parser, fraction, non_negative, non_negative_int, positive, positive_int
+from support.cli import Help, Parser, fraction, non_negative, non_negative_int, positive, positive_int, random_seed
 from support.datasets import DATASETS
 from support.errors import BadInput
 
@@ -98,7 +98,7 @@ def optimisation_flags(g, more):
 
 
 def run_flags(g, more):
-    g.add_argument("--seed", type=non_negative_int, default=0)
+    g.add_argument("--seed", type=random_seed, default=0)
     g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     g.add_argument("--workers", type=non_negative_int, help="loader processes (default: cores, at most 8)")
     more("--compile", action="store_true", help="torch.compile of the backbones")
@@ -129,6 +129,11 @@ def choose_views(s):
         raise BadInput(f"--method {s.method} needs two views, for {ONE_VIEW[s.method]}; --views {s.views[0]} trains "
                        f"SwAV on that view, --method sview, the default there")
     check_inputs(s, s.views)
+
+
+def default_lead_epochs(lead, epochs):
+    """Three quarters of the epochs, where a view leads."""
+    return 0 if lead == "none" else epochs * 3 // 4
 
 
 def check_inputs(s, views):

@@ -55,17 +55,19 @@ def test_what_can_t_be_begun_with_is_refused(tiny, before, tmp_path, monkeypatch
 
 
 def test_a_run_goes_on_with_more_epochs_only_when_asked(tiny, tmp_path, monkeypatch, capsys):
-    """The rate is that of the longer run, but for the warm-up."""
-    out, more = tmp_path / "run", ["--batch-size", "4", "--accumulate", "2", "--log-every", "1"]
+    """The rate is that of the longer run, but for the warm-up; flow leads as long as it did."""
+    out, more = tmp_path / "run", ["--batch-size", "4", "--accumulate", "2", "--log-every", "1", "--lead", "flow"]
     assert train(tiny, out, *more, "--epochs", "2") == 0
     longer = [*more, "--epochs", "4", "--warmup-epochs", "2"]
-    with pytest.raises(BadInput, match=r"\(epochs 2 -> 4, warmup_epochs 1 -> 2\).*, or --extend for more epochs"):
+    with pytest.raises(BadInput, match=r"epochs 2 -> 4, warmup_epochs 1 -> 2\).*, or --extend for more epochs"):
         train(tiny, out, *longer)
+    with pytest.raises(BadInput, match=r"\(lead_epochs 1 -> 2\)"):
+        train(tiny, out, *longer, "--extend", "--lead-epochs", "2")
     with pytest.raises(BadInput, match=r"--extend lengthens a run: .* was begun with --epochs 2, which is more than 1"):
         train(tiny, out, *more, "--epochs", "1", "--extend")
     updates, real = [], Run.update
     monkeypatch.setattr(Run, "update", lambda run, loss: (
-        updates.append((run.step, run.accumulation_steps, run.is_update_step)), real(run, loss)))
+        updates.append((run.step, run.share, run.is_update_step)), real(run, loss)))
     capsys.readouterr()
     assert train(tiny, out, *longer, "--extend") == 0
     s = pretrain.arguments([*tiny.common(), "--prototypes", "p", "--out", "o", *longer, "--arch", "r2plus1d18"])
@@ -75,8 +77,9 @@ def test_a_run_goes_on_with_more_epochs_only_when_asked(tiny, tmp_path, monkeypa
     said = capsys.readouterr().out
     assert "--extend: 2 -> 4 epochs. The learning rate's cosine is stretched to the new end: it was " in said
     assert f"in step 10 and goes on with {learning_rate(10, 5, s):.4g}" in said
-    assert [u[0] for u in updates] == list(range(10, 20)) and {u[1] for u in updates} == {2}
-    assert load_checkpoint(out)["step"] == 20 and load_checkpoint(out)["settings"]["warmup_epochs"] == 1
+    assert [u[0] for u in updates] == list(range(10, 20)) and {u[1] for u in updates} == {0.5}
+    state = load_checkpoint(out)
+    assert state["step"] == 20 and {state["settings"][k] for k in ("warmup_epochs", "lead_epochs")} == {1}
 
 
 def test_settings_of_earlier_versions_mean_what_they_did():
