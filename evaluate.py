@@ -29,7 +29,7 @@ import torch
 
 import data
 from support.classifiers import FINETUNE, LINEAR, fit_clips, fit_features, predict_clips, predict_features
-from support.cli import command_line
+from support.cli import command_line, say
 from support.datasets import read_split
 from support.distributed import GROUP_TIMEOUT, rank_and_world, run_on_all_ranks, same_on_all_ranks, start_processes
 from support.errors import BadInput
@@ -73,7 +73,7 @@ def labelled_videos(env, split, subset):
     if stores := [store for store in (env.store, env.rgb) if store]:
         found = found._replace(videos=expand(found.videos, stores[0], env.rgb, frames=not env.films))
     if env.rank == 0 and found.notes:
-        print(*found.notes, sep="\n")
+        say(*found.notes)
     videos = [v for v in found.videos if v.label >= 0]
     if not videos:
         cure = (f"give each path in --splits {s.splits} its label" if s.dataset == "list" else
@@ -96,7 +96,7 @@ def check_classes(train, test, classes):
                        f"read ({', '.join(lacking[:5])}): complete --videos, or take them off the test list")
     single = [name for name, n in zip(classes, count.tolist(), strict=True) if n == 1]
     if single and rank_and_world()[0] == 0:
-        print(f"{len(single)} classes have one training video only: {', '.join(single[:5])}")
+        say(f"{len(single)} classes have one training video only: {', '.join(single[:5])}")
 
 
 def with_common_classes(train, test):
@@ -246,24 +246,28 @@ def on_clips(env, split):
     check_classes(*(torch.tensor([v.label for v in f.videos]) for f in (train, test)), train.classes)
     scale = s.scale or data.SCALES[env.settings["arch"]]
     settings = {k: env.settings[k] for k in NETWORK} | {"scale": list(scale)}
-    seen, faults = [], []
+    faults = {}
 
     def predict(views):
         what = f"{s.command}-split{split}-{'+'.join(views)}"
         classifier = fit_clips(env.net, list(views), train, env.store, env.recipe, s, settings, frozen, what,
                                env.device, env.rank, env.world, env.rgb)
-        p, kept, failures = predict_clips(classifier, test, env.store, s, env.device, f"{what}, test", env.rank,
-                                      env.world, env.rgb)
-        seen.append(kept)
-        faults[:] = failures
+        p, its = predict_clips(classifier, test, env.store, s, env.device, f"{what}, test", env.rank, env.world,
+                               env.rgb)
+        faults.update(its)
         return p
 
     p = probabilities_by_view(s, predict)
     if env.rank:
         return None
-    skipped = train.skipped() + test.skipped() + faults
-    return {**classification(env, p, [test.videos[i] for i in seen[0]], train.classes), "left_out": skipped,
-            "protocol": {"train": len(train.videos), "test": len(seen[0]), "classes": len(train.classes)}}
+    seen = [i for i in range(len(test.videos)) if i not in faults]  # by each view: all answer the same videos
+    if not seen:
+        raise BadInput(f"each of the {len(test.videos)} test videos lacks a view that can be read; the first: "
+                       f"{faults[0]}")
+    skipped = train.skipped() + test.skipped() + [faults[i] for i in sorted(faults)]
+    p = {view: each[seen] for view, each in p.items()}
+    return {**classification(env, p, [test.videos[i] for i in seen], train.classes), "left_out": skipped,
+            "protocol": {"train": len(train.videos), "test": len(seen), "classes": len(train.classes)}}
 
 
 COMMANDS = {"features": features_command, "retrieval": retrieval, "cluster": cluster, "linear": linear_on_features,
@@ -334,7 +338,7 @@ def evaluate(s):
     if s.command == "export":
         check_writable(s.out, "--out")
         export(s.checkpoint, s.out)
-        print(f"written: {s.out}")
+        say(f"written: {s.out}")
         return 0
     if s.json:
         check_writable(s.json, "--json")
@@ -352,19 +356,19 @@ def evaluate(s):
     if len(each) > 1:
         out = {"protocol": protocol, "results": mean_of_splits([e["results"] for e in each]),
                "splits": dict(zip(map(str, s.split), each, strict=True))}
-    print(protocol_in_words(protocol))
+    say(protocol_in_words(protocol))
     print_results(out["results"])
     if getattr(s, "per_class", False):
         for split, e in zip(s.split, each, strict=True):
-            print(f"split {split}")
+            say(f"split {split}")
             print_classes(e["per_class"])
     print_skipped([line for e in each for line in e["left_out"]])
     seconds = time.perf_counter() - began
-    print(f"{s.command} in {seconds:.0f} s on {world} process(es), {device}")
+    say(f"{s.command} in {seconds:.0f} s on {world} process(es), {device}")
     if s.json:
         with atomic(s.json) as tmp:
             tmp.write_text(json.dumps({**out, "seconds": round(seconds, 1)}))
-        print(f"written: {s.json}")
+        say(f"written: {s.json}")
     return 0
 
 
@@ -385,9 +389,6 @@ def arguments(argv=None):
         return s
     if s.weights:
         s.checkpoint = " ".join(s.weights)
-    for flag in ("frames", "stride", "size", "width", "runs", "batch_views", "batch_size", "epochs", "lr"):
-        if getattr(s, flag, None) is not None and getattr(s, flag) <= 0:
-            raise BadInput(f"--{flag.replace('_', '-')} {getattr(s, flag)}: must be above 0")
     if s.split != [1] and s.dataset not in ("ucf101", "hmdb51"):
         raise BadInput(f"--split {' '.join(map(str, s.split))}: {s.dataset} has one split; leave the flag out")
     if len(set(s.split)) < len(s.split):

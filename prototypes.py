@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from support.cli import Help, command_line
+from support.cli import Help, command_line, random_seed
 from support.errors import BadInput
 from support.files import check_writable, load_arrays, save_arrays
 
@@ -293,7 +293,7 @@ def main(argv=None):
                                 formatter_class=Help)
     p.add_argument("--num", type=int, default=1000, help="prototypes, N (default 1000, the paper's)")
     p.add_argument("--dim", type=int, default=128, help="their dimension (default 128, the paper's)")
-    p.add_argument("--seed", type=int, default=0, help="of the start and of rotations (default 0)")
+    p.add_argument("--seed", type=random_seed, default=0, help="of the start and of rotations (default 0)")
     p.add_argument("--out", type=Path, required=True, help="file to write, such as prototypes.npz")
     p.add_argument("--steps", type=int, help="steps a temperature (default 150, fewer beyond 1000 x 128)")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is one")

@@ -6,6 +6,7 @@ CoCLR [37] and the released code do. A result is that of the last epoch: the tes
 """
 
 import copy
+import hashlib
 import json
 import math
 from functools import partial
@@ -22,6 +23,7 @@ import data
 import model
 from support.batch_norm import synchronisation, synchronise_batch_norm
 from support.checkpoints import load_checkpoint, save_checkpoint
+from support.cli import say
 from support.distributed import run_on_all_ranks, run_on_first_rank
 from support.epoch_batches import EpochBatches
 from support.errors import BadInput
@@ -158,7 +160,7 @@ def saved_state(path, settings, free=()):
         return None
     state = load_checkpoint(path)
     old = state["settings"]
-    changed = {k: (old.get(k), v) for k, v in settings.items() if old.get(k) != v and k not in free}
+    changed = {k: (old[k], v) for k, v in settings.items() if k in old and old[k] != v and k not in free}
     if changed:
         what = ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items())
         raise BadInput(f"{path.parent} was trained with other settings ({what}); give another --out, or these as "
@@ -201,15 +203,21 @@ class EpochLog:
 
     def say(self, text):
         if self.rank == 0:
-            print(text, flush=True)
+            say(text)
 
     def end(self, step):
         self.progress.close()
         if self.dropped:
             self.say(f"{self.dropped} steps had a gradient that was not finite and changed nothing")
         if self.faults:
-            print(f"{len(self.faults)} training videos could not be read and were replaced by others; one: "
-                  f"{min(self.faults)}")
+            say(f"{len(self.faults)} training videos could not be read and were replaced by others; one: "
+                f"{min(self.faults)}")
+
+
+def videos_and_labels(found):
+    """What tells the training videos of a VideoSet, with their labels and their classes' names, from others."""
+    each = [[(v.name, v.label) for v in found.videos], found.classes]
+    return hashlib.sha256(json.dumps(each).encode()).hexdigest()[:16]
 
 
 def new_classifier(net, views, classes, recipe, s, frozen, device):
@@ -235,7 +243,8 @@ def fit_clips(net, views, found, store, recipe, s, settings, frozen, what, devic
     optimizer = classifier_optimizer(classifier, recipe)
     settings = {**settings, **recipe._asdict(), "milestones": list(recipe.milestones), "weights": before,
                 "views": views, "batch": s.batch_size * world, "seed": s.seed, "videos": len(found.videos),
-                "frozen": frozen}
+                "frozen": frozen, "videos and labels": videos_and_labels(found),
+                "flow": store.header if "flow" in views else None, "rgb": rgb.header if rgb else None}
     path = Path(s.out) / f"{what}.pt"
     state = run_on_first_rank(lambda: saved_state(path, settings))
     if state:
@@ -291,16 +300,17 @@ def save(path, state):
 def predict_clips(classifier, found, store, s, device, what, rank, world, rgb=None):
     """Class probabilities of test videos, the mean of the softmax over their test views.
 
-    -> (probabilities [n, classes], places in found.videos of the n that could be read, faults).
+    -> (probabilities of all videos of `found` [n, classes], {place of one that can't be read: its fault}, whose
+    probabilities are 0).
     """
     views = tuple(v for v in model.VIEWS if v in classifier.backbones)
     clips = data.TestClips(found.videos, store, views=views, protocol=s.protocol, frames=s.frames, size=s.size,
                            stride=s.stride, rgb=rgb)
     own = range(rank, len(found.videos), world)
     loader = Loader(clips, lambda done: {"sampler": own[done:], "batch_size": None}, s.workers)
-    rows, faults = {}, []
+    rows, faults = {}, {}
     for group in group_by_views(tqdm(loader, desc=what, unit="video", mininterval=1, disable=rank > 0), s.batch_views):
-        faults += [i["fault"] for i in group if "fault" in i]
+        faults |= {i["index"]: i["fault"] for i in group if "fault" in i}
         group = [i for i in group if "fault" not in i]
         if group:
             p = mean_over_views(lambda x: {"p": classifier(x).float().softmax(1)}, group, views, device, s.batch_views)
@@ -309,8 +319,8 @@ def predict_clips(classifier, found, store, s, device, what, rank, world, rgb=No
         every = [None] * world
         dist.all_gather_object(every, (rows, faults))
         rows = {i: p for r, _ in every for i, p in r.items()}
-        faults = [f for _, fs in every for f in fs]
+        faults = {i: fault for _, some in every for i, fault in some.items()}
     if not rows:
-        raise BadInput(f"none of the {len(found.videos)} test videos can be read; the first: {faults[0]}")
-    kept = sorted(rows)
-    return torch.stack([rows[i] for i in kept]), kept, faults
+        raise BadInput(f"none of the {len(found.videos)} test videos can be read; the first: {faults[min(faults)]}")
+    unread = torch.zeros_like(next(iter(rows.values())))
+    return torch.stack([rows.get(i, unread) for i in range(len(found.videos))]), faults

@@ -66,6 +66,7 @@ non_negative = _number(float, lambda x: 0 <= x < math.inf, "a number of at least
 fraction = _number(float, lambda x: 0 <= x < 1, "a number of at least 0 and below 1")
 positive_int = _number(int, lambda x: x > 0, "a whole number above 0")
 non_negative_int = _number(int, lambda x: x >= 0, "a whole number of at least 0")
+random_seed = _number(int, lambda x: 0 <= x < 2**32, "a whole number from 0 to 2^32 - 1")  # as numpy and sklearn take
 
 
 class Help(argparse.HelpFormatter):

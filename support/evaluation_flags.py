@@ -1,9 +1,8 @@
 """The flags of evaluate.py's commands."""
 
-
 import model
 from support.classifiers import FINETUNE, LINEAR
-from support.cli import Subcommand
+from support.cli import Subcommand, non_negative_int, positive, positive_int, random_seed
 from support.datasets import DATASETS
 
 VIEWS = (*model.VIEWS, "rgb+flow")
@@ -57,7 +56,7 @@ def protocol_flags(c, name):
     if name not in ("features", "cluster"):
         g.add_argument("--per-class", action="store_true", help="print a table of the classes")
     if name == "cluster":
-        g.add_argument("--runs", type=int, default=50, help="of k-means")
+        g.add_argument("--runs", type=positive_int, default=50, help="of k-means")
 
 
 def recipe_flags(c, name):
@@ -67,11 +66,12 @@ def recipe_flags(c, name):
         g.add_argument("--on", choices=("features", "clips"), default="features",
                        help="features: stored, no augmentation (fast); clips: with augmentation (faithful)")
     g.add_argument("--recipe", choices=recipes, default="vicc")
-    g.add_argument("--epochs", type=int, help=f"default: {', '.join(f'{r.epochs} ({n})' for n, r in recipes.items())}")
-    g.add_argument("--lr", type=float, help=f"default: {', '.join(f'{r.lr} ({n})' for n, r in recipes.items())}")
-    g.add_argument("--batch-size", type=int, default=32, help="a process (CoCLR, ViCC)")
+    g.add_argument("--epochs", type=positive_int,
+                   help=f"default: {', '.join(f'{r.epochs} ({n})' for n, r in recipes.items())}")
+    g.add_argument("--lr", type=positive, help=f"default: {', '.join(f'{r.lr} ({n})' for n, r in recipes.items())}")
+    g.add_argument("--batch-size", type=positive_int, default=32, help="a process (CoCLR, ViCC)")
     g.add_argument("--out", help="folder of checkpoints of training on clips; an interrupted one there is continued")
-    g.add_argument("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"),
+    g.add_argument("--scale", type=positive, nargs=2, metavar=("LOW", "HIGH"),
                    help="short side before cropping, over size (default: as in pre-training)")
     g.add_argument("--cache", action="store_true", help="keep decoded videos in memory, once a loader process")
 
@@ -79,16 +79,16 @@ def recipe_flags(c, name):
 def network_flags(c):
     g = c.add_argument_group("network (of --checkpoint none; others know their own)")
     g.add_argument("--arch", choices=model.ARCHITECTURES)
-    g.add_argument("--width", type=float)
+    g.add_argument("--width", type=positive)
     g.add_argument("--pool", choices=("avg", "1x2x2"))
-    g.add_argument("--frames", type=int, help="of a clip (default: as trained)")
-    g.add_argument("--stride", type=int, help="default: as trained")
-    g.add_argument("--size", type=int, help="px (default: as trained)")
+    g.add_argument("--frames", type=positive_int, help="of a clip (default: as trained)")
+    g.add_argument("--stride", type=positive_int, help="default: as trained")
+    g.add_argument("--size", type=positive_int, help="px (default: as trained)")
 
 
 def run_flags(c):
     g = c.add_argument_group("run")
-    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--seed", type=random_seed, default=0)
     g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    g.add_argument("--workers", type=int, default=2, help="loader processes")
-    g.add_argument("--batch-views", type=int, default=32, help="clips a forward pass")
+    g.add_argument("--workers", type=non_negative_int, default=2, help="loader processes")
+    g.add_argument("--batch-views", type=positive_int, default=32, help="clips a forward pass")

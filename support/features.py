@@ -26,15 +26,17 @@ from tqdm import tqdm
 
 import data
 import model
-from support.checkpoints import load_checkpoint
+from support.checkpoints import load_pretrained
+from support.cli import say
 from support.distributed import run_on_all_ranks
 from support.errors import BadInput
 from support.files import check_folder, load_arrays, save_arrays
 from support.inference import group_by_views, mean_over_views
 from support.loader import Loader
-from support.weights import Backbones, load
+from support.weights import Backbones, load, view_and_path
 
 BLOCK = 16  # videos between two saves
+AGAIN = "the same command, once it is removed"  # makes a file that is damaged
 NETWORK = ("arch", "width", "pool", "frames", "size", "stride")  # settings that decide what a feature is
 
 
@@ -59,7 +61,7 @@ def load_network(s):
                     "method": "goca", "seed": s.seed, **{k: v for k, v in given.items() if v is not None}}
         net = model.two_view(settings, torch.eye(2))
     else:
-        state = load_checkpoint(s.checkpoint)
+        state = load_pretrained(s.checkpoint)
         settings = {**state["settings"], "step": state["step"]}
         check_network_flags(given, settings, s.checkpoint)
         net = model.two_view(settings, state["model"]["prototypes"])
@@ -173,7 +175,7 @@ def place_of(net, found, store, s, device, what, rgb=None):
     if rgb and "rgb" in net.backbones:
         header["rgb"] = rgb.header
     key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
-    at = Path(s.weights[-1].rpartition("=")[2] if s.weights else s.checkpoint)
+    at = Path(view_and_path(s.weights[-1])[1] if s.weights else s.checkpoint)
     folder = s.features or (None if s.checkpoint == "none" else (at if at.is_dir() else at.parent) / "features")
     return header, key, folder and Path(folder) / f"{s.dataset}-{what}-{s.protocol}-{key}.npz"
 
@@ -194,7 +196,6 @@ def load_or_extract(net, found, store, s, device, what, rank=0, world=1, whole=N
         # of the same videos: of what lacks flow, or whose flow is damaged, it has none
         if other.exists() and len(load_arrays(other, "features", "")[1]["kept"]) == len(videos):
             (header, key), path = of_whole, other
-    made_by = f"python evaluate.py features --{'weights' if s.weights else 'checkpoint'} {s.checkpoint}"
     if path is None or not path.exists():
         if path:
             run_on_all_ranks(lambda: check_folder(path.parent, "--features"))
@@ -205,17 +206,17 @@ def load_or_extract(net, found, store, s, device, what, rank=0, world=1, whole=N
                        "labels": np.array([videos[i].label for i in joined["kept"]], np.int64)}
             if path and len(joined["kept"]):
                 save_arrays(path, "features", header, **joined)
-                print(f"written: {path}")
+                say(f"written: {path}")
             if path:  # of nothing, too: the same command is to try again
                 for part in path.parent.glob(f".{path.stem}-*.npz"):
-                    part.unlink()
+                    part.unlink(missing_ok=True)
     elif rank == 0:
-        header, joined = load_arrays(path, "features", made_by)
+        header, joined = load_arrays(path, "features", AGAIN)
         if header.get("key") != key:
             raise BadInput(f"{path} holds the features of another checkpoint, data set or protocol; remove it")
         if not all(np.isfinite(joined[v]).all() for v in net.backbones):
             raise BadInput(f"{path} holds features that are not finite; remove it")
-        print(f"features of {len(joined['kept'])} {what} videos: {path}")
+        say(f"features of {len(joined['kept'])} {what} videos: {path}")
     if rank:
         return None
     faults = [str(f) for f in joined["faults"]]
@@ -244,8 +245,14 @@ def _extract_all(net, videos, store, s, device, what, path, rank, world, rgb):
     extract_blocks(net, videos, store, s, device, what, keep, done, rgb)
     if world > 1:
         dist.barrier()
-    if rank == 0:
-        return join_blocks([load_arrays(part(b), "part of features", "the same command")[1] for b in range(blocks)])
+    if rank:
+        return None
+    try:
+        return join_blocks([load_arrays(part(b), "part of features", AGAIN)[1] for b in range(blocks)])
+    except BadInput:
+        if not path.exists():
+            raise
+        return load_arrays(path, "features", AGAIN)[1]  # another evaluation of these videos was done before this
 
 
 def prepare(features, protocol):

@@ -2,6 +2,8 @@
 
 import math
 
+from support.cli import say
+
 
 def protocol_in_words(p):
     """The line above a table: what its numbers depend on. The whole protocol is in the file of --json."""
@@ -17,29 +19,31 @@ def protocol_in_words(p):
 def print_skipped(lines):
     """Print what was listed and could not be evaluated."""
     for line in lines[:10]:
-        print(f"skipped: {line}")
+        say(f"skipped: {line}")
     if lines:
-        print(f"{len(lines)} videos were skipped in this evaluation; the numbers are not those of the whole data "
+        say(f"{len(lines)} videos were skipped in this evaluation; the numbers are not those of the whole data "
               f"set. To try them again once mended, remove the file of features named above, if one is")
 
 
 def mean_of_splits(each):
-    """Results of several splits -> their mean; standard errors add as those of independent test sets."""
+    """Results of several splits -> the mean of what all have (R@50 needs a gallery of 50); standard errors add as those
+    of independent test sets."""
     return {view: {k: math.sqrt(sum(r[view][k]**2 for r in each)) / len(each) if k.endswith("standard error") else
-                   sum(r[view][k] for r in each) / len(each) for k in each[0][view]} for view in each[0]}
+                   sum(r[view][k] for r in each) / len(each)
+                   for k in first if all(k in r[view] for r in each)} for view, first in each[0].items()}
 
 
 def print_results(results):
     """Print each view's numbers, with their standard error or deviation, and chance below."""
     first = next(iter(results.values()))
     names = [k for k in first if not k.endswith(("standard error", "chance", "deviation"))]
-    print(f"{'view':>10}" + "".join(f"{k:>16}" for k in names))
+    say(f"{'view':>10}" + "".join(f"{k:>16}" for k in names))
     for view, r in results.items():
         error = {k: r.get(f"{k} standard error", r.get(f"{k} deviation")) for k in names}
-        print(f"{view:>10}" + "".join(f"{r[k]:10.1f} ± {error[k]:<3.1f}" if error[k] is not None else f"{r[k]:16,}"
+        say(f"{view:>10}" + "".join(f"{r[k]:10.1f} ± {error[k]:<3.1f}" if error[k] is not None else f"{r[k]:16,}"
                                       for k in names))
     if f"{names[0]} chance" in first:
-        print(f"{'chance':>10}" + "".join(f"{first[f'{k} chance']:10.1f}      " for k in names))
+        say(f"{'chance':>10}" + "".join(f"{first[f'{k} chance']:10.1f}      " for k in names))
 
 
 def print_classes(by_class):
@@ -48,4 +52,4 @@ def print_classes(by_class):
     for name, row in by_class[views[0]].items():
         cells = (f"{view} " + " ".join(f"{k} {x:.1f}" for k, x in by_class[view][name].items() if k != "videos")
                  for view in views)
-        print(f"{name:>24} {row['videos']:>5} videos   " + "   ".join(cells))
+        say(f"{name:>24} {row['videos']:>5} videos   " + "   ".join(cells))

@@ -24,7 +24,7 @@ from torch import nn
 
 import data
 import model
-from support.checkpoints import load_checkpoint
+from support.checkpoints import load_pretrained
 from support.errors import BadInput
 from support.files import atomic
 
@@ -246,6 +246,11 @@ def _own(path, state, view, pool):
     return out, settings
 
 
+def view_and_path(file):
+    """[rgb=|flow=]FILE -> (view or "", FILE), in whose path there may be another =."""
+    return file.split("=", 1) if file.startswith(("rgb=", "flow=")) else ("", file)
+
+
 def load(*files, pool=None):
     """Backbones from one or two files -> (Backbones in eval mode, settings).
 
@@ -254,7 +259,7 @@ def load(*files, pool=None):
     """
     backbones, settings = {}, {}
     for file in files:
-        view, _, path = file.rpartition("=") if file.startswith(("rgb=", "flow=")) else ("", "", file)
+        view, path = view_and_path(file)
         state = read_state(path)
         if not isinstance(state, dict):
             raise BadInput(f"{path} holds a {type(state).__name__}, no state dict")
@@ -278,7 +283,7 @@ def export(checkpoint, path):
     It is a torch.save of {"settings": plain values, "rgb": state dict of model.Backbone, "flow": likewise}, of the
     views that were trained. Paths that the run's settings hold are left out.
     """
-    state = load_checkpoint(checkpoint)
+    state = load_pretrained(checkpoint)
     settings = {k: v for k, v in state["settings"].items() if k in KEPT}
     parts = {v: {k.removeprefix(f"backbones.{v}."): t.clone() for k, t in state["model"].items()
                  if k.startswith(f"backbones.{v}.")} for v in settings.get("views", model.VIEWS)}

@@ -124,6 +124,11 @@ def test_finetuning_changes_the_backbone_and_continues_with_the_same_numbers(tin
         command(tiny, "finetune", *more, "--lr", "0.2", "--out", str(tmp_path / "b"))
     probabilities = result(tiny, tmp_path, "finetune", *more, "--out", str(tmp_path / "b"))["predictions"]
     assert probabilities == whole["predictions"] and len(steps) == 8  # done: only tested again
+    read = evaluate.read_split
+    monkeypatch.setattr(evaluate, "read_split", lambda *args, **k: (
+        lambda found: found._replace(classes=found.classes[::-1]))(read(*args, **k)))
+    with pytest.raises(BadInput, match=r"trained with other settings \(videos and labels \w+ -> \w+\)"):
+        command(tiny, "finetune", *more, "--out", str(tmp_path / "b"))
 
 
 def test_a_bad_step_of_fine_tuning_is_dropped_and_five_in_a_row_end_it(tiny, tmp_path, monkeypatch, capsys):

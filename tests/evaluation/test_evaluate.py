@@ -1,6 +1,8 @@
 """Features kept and reused, retrieval, clusters and classifiers: each command end to end on the tiny set."""
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,8 @@ import data
 import evaluate
 import model
 from support import features, inference
-from support.classifiers import LINEAR
+from support.checkpoints import save_checkpoint
+from support.classifiers import LINEAR, new_classifier
 from support.datasets import read_split
 from support.errors import BadInput
 from support.files import load_arrays, save_arrays
@@ -84,6 +87,21 @@ def test_an_interrupted_extraction_goes_on(tiny, tmp_path, monkeypatch):
     assert resumed["results"] == whole["results"] and resumed["neighbours"] == whole["neighbours"]
 
 
+def test_two_evaluations_of_one_network_at_once(tiny, tmp_path, monkeypatch):
+    """The first that is done takes the parts away, which the other has made, too."""
+    more = [*UNTRAINED, "--features", str(tmp_path / "f")]
+    real, others = features.extract_blocks, []
+
+    def slower(*args, **kwargs):
+        real(*args, **kwargs)
+        if len(others) < 2:  # lists
+            others.append("result")
+            assert command(tiny, "cluster", "--runs", "1", *more) == 0
+    monkeypatch.setattr(features, "extract_blocks", slower)
+    assert result(tiny, tmp_path, "retrieval", *more)["results"]["flow"]["R@1"] > 0
+    assert len(list((tmp_path / "f").iterdir())) == 2 and others
+
+
 def test_two_processes_extract_what_one_does(tiny, forked, tmp_path):
     assert features.BLOCK < 20  # so that both have something to do
     one = result(tiny, tmp_path, "retrieval", *UNTRAINED)
@@ -103,6 +121,9 @@ def test_the_file_of_features_is_checked(tiny, tmp_path):
     save_arrays(path, "features", {**header, "key": "0" * 16}, **arrays)
     with pytest.raises(BadInput, match="features of another checkpoint"):
         command(tiny, "retrieval", *more)
+    path.write_bytes(b"rubbish")
+    with pytest.raises(BadInput, match=r"damaged or no features file .*: the same command, once it is removed"):
+        command(tiny, "features", *more)
     arrays["flow"][3, 5] = np.nan
     save_arrays(path, "features", header, **arrays)
     with pytest.raises(BadInput, match="features that are not finite"):
@@ -240,6 +261,8 @@ def test_several_splits_and_their_mean(tiny, monkeypatch, tmp_path):
     assert out["results"]["rgb"]["R@1"] == 100
     a, b = {"rgb": {"R@1": 20, "R@1 standard error": 3}}, {"rgb": {"R@1": 40, "R@1 standard error": 4}}
     assert mean_of_splits([a, b]) == {"rgb": {"R@1": 30, "R@1 standard error": 2.5}}
+    a["rgb"]["R@50"] = 90  # of a gallery that the other split lacks
+    assert mean_of_splits([a, b]) == mean_of_splits([b, a]) == {"rgb": {"R@1": 30, "R@1 standard error": 2.5}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,6 +278,37 @@ def test_unreadable_videos_are_skipped_and_counted(tiny, tmp_path, capsys):
     assert command(tiny, "retrieval", *UNTRAINED, "--flow", str(store)) == 0
     out = capsys.readouterr().out
     assert "1 videos were skipped" in out and "has no flow of" in out
+
+
+def test_classifiers_of_all_views_answer_the_same_videos(tiny, tmp_path, monkeypatch, capsys):
+    """Of one test video RGB can't be read, of another there is no flow; each view's classifier reads its own."""
+    films, store = tmp_path / "videos", tmp_path / "flow"
+    shutil.copytree(tiny.videos, films)
+    shutil.copytree(tiny.flow, store)
+    test = read_split("ucf101", tiny.videos, tiny.splits, subset="test").videos
+    (films / Path(test[0].path).relative_to(tiny.videos)).write_bytes(b"rubbish")
+    (store / f"{test[5].name}.avi").unlink()
+    monkeypatch.setattr(evaluate, "fit_clips", lambda net, views, train, store, recipe, s, *rest: new_classifier(
+        net, views, len(train.classes), recipe, s, True, torch.device("cpu")).eval())
+    for fusion in ("average", "probability"):
+        out = result(tiny, tmp_path, "linear", *UNTRAINED, "--on", "clips", "--videos", str(films), "--flow",
+                     str(store), "--fusion", fusion, "--out", str(tmp_path / "o"))
+        assert [q["name"] for q in out["queries"]] == [v.name for i, v in enumerate(test) if i not in (0, 5)]
+        assert {view: len(p) for view, p in out["predictions"].items()} == {"rgb": 8, "flow": 8, "rgb+flow": 8}
+        assert len(out["left_out"]) == out["protocol"]["left_out"] == 2 and out["protocol"]["test"] == 8
+        assert "2 videos were skipped" in capsys.readouterr().out
+
+
+def test_a_name_that_is_no_unicode_costs_no_result(tiny, tmp_path, monkeypatch):
+    perfect(monkeypatch)
+    found = read_split("ucf101", tiny.videos, tiny.splits, subset="test")
+    monkeypatch.setattr(evaluate, "read_split", lambda *args, **more: found._replace(
+        classes=["caf\udce9", *found.classes[1:]], unused=("caf\udce9.avi: there, but in no list",),
+        notes=("caf\udce9: a note",)))
+    with open(tmp_path / "terminal", "w", encoding="utf-8") as f, contextlib.redirect_stdout(f):
+        out = result(tiny, tmp_path, "retrieval", *UNTRAINED, "--per-class")
+    said = (tmp_path / "terminal").read_text()
+    assert out["classes"][0] == "caf\udce9" and all(rf"caf\udce9{x}" in said for x in (": a note", ".avi: there", "  "))
 
 
 def test_unreadable_training_videos_are_said(tiny, tmp_path, capsys):
@@ -310,7 +364,6 @@ def test_bad_input_gets_an_error_message(tiny, tmp_path):
         "names a split twice": ["--checkpoint", "none", "--split", "1", "1"],
         "clips of 4 frames and 64 px are too small for s3d.*raise --frames": [
             "--checkpoint", "none", "--arch", "s3d", "--frames", "4", "--size", "64"],
-        "--batch-views 0: must be above 0": ["--checkpoint", "none", "--batch-views", "0"],
     }.items():
         with pytest.raises(BadInput, match=words):
             command(tiny, "retrieval", *(UNTRAINED[2:] if "none" in more else []), *more)
@@ -323,6 +376,27 @@ def test_bad_input_gets_an_error_message(tiny, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"rubbish")
     with pytest.raises(BadInput, match="damaged or no checkpoint"):
         command(tiny, "retrieval", "--checkpoint", str(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "flag", "value"), [
+    ("retrieval", "--batch-views", "0"), ("retrieval", "--workers", "-1"), ("retrieval", "--width", "nan"),
+    ("retrieval", "--stride", "0"), ("retrieval", "--seed", "-1"), ("cluster", "--runs", "0"),
+    ("cluster", "--seed", str(2**70)), ("linear", "--lr", "-1"), ("finetune", "--scale", "inf"),
+    ("finetune", "--epochs", "1.5")])
+def test_numbers_that_are_none(capsys, name, flag, value):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.arguments([name, "--checkpoint", "none", flag, value, *(["2"] if flag == "--scale" else [])])
+    assert f"error: argument {flag}: {value} must be a " in capsys.readouterr().err
+
+
+def test_a_classifier_is_no_checkpoint_of_pre_training(tiny, tmp_path):
+    """Of evaluate.py finetune, whose files are checkpoints, too."""
+    path = tmp_path / "finetune-split1-rgb.pt"
+    save_checkpoint(path, {"settings": {}, "step": 1, "model": {"head.2.bias": torch.ones(1)}})
+    with pytest.raises(BadInput, match=r"rgb\.pt is a classifier trained by evaluate\.py; give the checkpoint of"):
+        command(tiny, "retrieval", "--checkpoint", str(path))
+    with pytest.raises(BadInput, match=r"rgb\.pt is a classifier"):
+        evaluate.evaluate(evaluate.arguments(["export", "--checkpoint", str(path), "--out", str(tmp_path / "e.pt")]))
 
 
 def test_both_lists_are_read_before_features_are_made(tiny, monkeypatch, tmp_path):
@@ -346,7 +420,7 @@ def test_no_file_of_features_of_nothing(tiny, tmp_path, monkeypatch, capsys):
 
 # --- bad input of several processes ----------------------------------------------------------------------------------
 @pytest.mark.parametrize(("flags", "words"), [(["--flow", "nowhere"], "nowhere is no flow store"),
-                                              (["--stride", "0"], "--stride 0: must be above 0")])
+                                              (["--split", "1", "1"], "names a split twice")])
 def test_bad_input_is_printed_by_one_process(tiny, forked, tmp_path, flags, words):
     """Found by each for itself, before the processes meet and after."""
     said = in_two_processes(forked, tmp_path / "said", "evaluate", "retrieval", *tiny.common(), *UNTRAINED, *flags,

@@ -131,7 +131,7 @@ def test_what_a_list_names_and_the_folder_lacks_is_counted(tiny, tmp_path, monke
                    testlist01=lambda x: [*x, "Walk/v_Walk_g98_c01.avi", "Walk/v_Walk_g98_c02.avi"])
     monkeypatch.setattr(evaluate, "fit_clips", lambda *args: None)
     monkeypatch.setattr(evaluate, "predict_clips", lambda classifier, test, *args: (
-        torch.eye(10)[[v.label for v in test.videos]], list(range(len(test.videos))), []))
+        torch.eye(10)[[v.label for v in test.videos]], {}))
     if "linear" in more or "finetune" in more:
         more = [*more, "--batch-size", "10", "--out", str(tmp_path / "o")]
     out = result(tiny, tmp_path, *more[:1], *UNTRAINED, *absent, *more[1:])

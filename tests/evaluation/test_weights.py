@@ -333,7 +333,8 @@ def test_evaluate_with_other_peoples_weights(tiny, tmp_path, coclr):
 
 def test_an_export_is_the_run(tiny, tmp_path, capsys):
     run = run_of(tmp_path)
-    out = str(tmp_path / "goca.pt")
+    (tmp_path / "lr=0.1").mkdir()
+    out = str(tmp_path / "lr=0.1" / "goca.pt")
     assert evaluate.evaluate(evaluate.arguments(["export", "--checkpoint", run, "--out", out])) == 0
     plain = torch.load(out, weights_only=True)
     assert "/home/me" not in str(plain["settings"]) and set(plain) == {"kind", "version", "settings", "rgb", "flow"}
@@ -344,6 +345,7 @@ def test_an_export_is_the_run(tiny, tmp_path, capsys):
     assert a["results"] == b["results"] and a["neighbours"] == b["neighbours"] and differ == {"checkpoint"}
     b = evaluated(tiny, tmp_path, "retrieval", "--weights", f"flow={out}")
     assert list(b["results"]) == ["flow"] and b["results"]["flow"] == a["results"]["flow"]
+    assert {file.name for file in (tmp_path / "lr=0.1").iterdir()} == {"goca.pt", "features"}
     plain["flow"].popitem()  # the count of batches
     plain["flow"].popitem()
     torch.save(plain, out)

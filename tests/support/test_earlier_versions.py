@@ -77,7 +77,7 @@ def test_fine_tuning_that_was_done_is_not_done_again(old, monkeypatch):
     before = (old / "fine" / "finetune-split1-rgb.pt").read_bytes()
     evaluated = []
     monkeypatch.setattr(evaluate, "predict_clips", lambda classifier, test, *args: (
-        evaluated.append(classifier), (torch.eye(10), list(range(10)), []))[1])
+        evaluated.append(classifier), (torch.eye(10), {}))[1])
     assert evaluate.evaluate(evaluate.arguments([
         "finetune", "--checkpoint", str(old / "run"), *common(old), "--views", "rgb", "--epochs", "1", "--batch-size",
         "5", "--out", str(old / "fine")])) == 0
