@@ -33,7 +33,7 @@ import torch.distributed as dist
 from data import SPREAD
 from model import VIEWS
 from support import approximate
-from support.cli import Subcommand, command_line, say
+from support.cli import Subcommand, command_line, non_negative_int, positive, positive_int, say
 from support.collection_index import (
     bring_up_to_date,
     check_weights,
@@ -139,12 +139,21 @@ def finder(s, view, queries, rows):
     return lambda k: nearest(queries, rows, k)
 
 
+def check_frame_folder(folder):
+    """Raise BadInput where a folder is no film."""
+    names = next(os.walk(folder), None)
+    if names is None:
+        raise BadInput(f"{folder} can't be read; its rights forbid it")
+    if not is_frame_folder(*names[1:]):
+        raise BadInput(f"{folder} is a folder, and not one of images alone; a query is one film")
+
+
 def query(s):
     """Find what is like a film -> exit status."""
     if s.json:
         check_writable(s.json, "--json")
-    if os.path.isdir(s.video) and not is_frame_folder(*next(os.walk(s.video))[1:]):
-        raise BadInput(f"{s.video} is a folder, and not one of images alone; a query is one film")
+    if os.path.isdir(s.video):
+        check_frame_folder(s.video)
     device, _, _ = start_processes(s)
     held, began = load_collection(s.index), time.perf_counter()
     view, checkpoint = view_of(s, held.header), s.checkpoint or held.header["checkpoint"]
@@ -271,10 +280,11 @@ COMMANDS = {"index": index, "query": query, "groups": groups, "page": page}
 CHECKPOINT = "a run's folder, a checkpoint, an export, or others' weights"
 
 
-def above_zero(kind):
+def below(bits, kind):
+    """A type of argparse: a number of `kind` that the libraries can hold in so many bits."""
     def number(text):
-        if not kind(text) > 0 or kind(text) == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+        if kind(text) >= 2**bits:
+            raise argparse.ArgumentTypeError(f"{text} must be below 2^{bits}")
         return kind(text)
     return number
 
@@ -288,38 +298,35 @@ def arguments(argv=None):
     c.add_argument("--flow", help="flow store of flow.py; without it RGB alone")
     c.add_argument("--views", nargs="+", choices=VIEWS, help="default: all that there are networks and data for")
     c.add_argument("--out", required=True, help="the index: a new file (.npz), or one to bring up to date")
-    c.add_argument("--segment", type=above_zero(float),
+    c.add_argument("--segment", type=positive,
                    help="seconds of a piece (default: whole films, or the segments of --flow)")
     c.add_argument("--protocol", choices=SPREAD, default="fast", help="test views: fast 4, goca 30 (the paper's)")
     for name in ("frames", "stride", "size"):
-        c.add_argument(f"--{name}", type=above_zero(int), help="of a clip (default: as trained)")
-    c.add_argument("--workers", type=int, default=2, help="loader processes")
+        c.add_argument(f"--{name}", type=below(31, positive_int), help="of a clip (default: as trained)")
+    c.add_argument("--workers", type=non_negative_int, default=2, help="loader processes")
     q = commands.add_parser("query", help="the nearest of a film")
     q.add_argument("video", help="a film; it need not be in the index")
-    q.add_argument("--k", type=above_zero(int), default=10, help="how many")
+    q.add_argument("--k", type=positive_int, default=10, help="how many")
     q.add_argument("--checkpoint", nargs="+", metavar="[rgb=|flow=]FILE",
                    help="the index's weights, where they have moved (default: from where it was made)")
     q.add_argument("--engine", choices=("exact", "faiss"), default="exact",
                    help="faiss: approximate, for 10^5 films and more, where it is installed; its index is kept")
     g = commands.add_parser("groups", help="k-means, each group with its most typical films")
-    g.add_argument("--num", type=above_zero(int), required=True, help="how many groups")
+    g.add_argument("--num", type=positive_int, required=True, help="how many groups")
     w = commands.add_parser("page", help="a page that plays the films, without a server")
     w.add_argument("--out", required=True, help="folder of the page: OUT/index.html")
-    w.add_argument("--num", type=above_zero(int), help="groups (default: the root of half the films)")
+    w.add_argument("--num", type=positive_int, help="groups (default: the root of half the films)")
     for sub in (q, g, w):
         sub.add_argument("--index", required=True, help="of search.py index")
     for sub in (g, w):
-        sub.add_argument("--seed", type=int, default=0, help="of k-means")
+        sub.add_argument("--seed", type=below(32, non_negative_int), default=0, help="of k-means")
     for sub in (q, g):
         sub.add_argument("--view", choices=(*VIEWS, "rgb+flow"), help="default: all that the index has, together")
         sub.add_argument("--json", help="file for the results")
     for sub in (c, q):
         sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-        sub.add_argument("--batch-views", type=above_zero(int), default=32, help="clips a forward pass")
-    s = p.parse_args(argv)
-    if s.command == "index" and s.workers < 0:
-        raise BadInput(f"--workers {s.workers}: must be 0 or more")
-    return s
+        sub.add_argument("--batch-views", type=below(31, positive_int), default=32, help="clips a forward pass")
+    return p.parse_args(argv)
 
 
 def main(argv=None):

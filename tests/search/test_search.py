@@ -366,6 +366,25 @@ def test_bad_input(films, rgb_index, tmp_path):
             search.main([str(c) for c in command])
 
 
+def test_a_query_of_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    def refuses(path):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "scandir", refuses)
+    with pytest.raises(BadInput, match=f"^{tmp_path} can't be read; its rights forbid it"):
+        search.main(["query", "--index", "x.npz", str(tmp_path)])
+
+
+def test_numbers_that_no_library_takes_are_refused(capsys):
+    for command, flag, value, words in (
+            (["groups", "--num", "2", "--index", "x.npz"], "--seed", 2**70, r"below 2\^32"),
+            (["page", "--out", "p", "--index", "x.npz"], "--seed", -1, "a whole number of at least 0"),
+            (["query", "film.avi", "--index", "x.npz"], "--batch-views", 2**70, r"below 2\^31")):
+        with pytest.raises(SystemExit):
+            search.main([*command, flag, str(value)])
+        assert re.search(f"{flag}: {value} must be {words}", capsys.readouterr().err)
+
+
 def test_a_query_of_one_film_gives_that_one(films, tmp_path, capsys):
     (tmp_path / "films").mkdir()
     shutil.copy(films / "films" / "a.avi", tmp_path / "films" / "a.avi")
