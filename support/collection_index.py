@@ -191,10 +191,16 @@ def probe(job, settings, report):
 
 
 def pieces_of(path, name, frames, fps, segment, mark):
-    """A film as one Piece, or as consecutive ones of `segment` seconds; a rest below half of that joins the last."""
+    """A film as one Piece, or as consecutive ones of `segment` seconds; a rest below half of that joins the last.
+
+    Raises BadInput where a piece would be less than two frames.
+    """
     if not segment:
         return [Piece(Video(path, name, -1), (0.0, frames / fps), mark)]
-    length = max(2, round(segment * fps))
+    if segment * fps < 1.5:
+        raise BadInput(f"{path} has {fps:g} frames a second, so that pieces of {segment:g} s are less than two frames; "
+                       f"index it with --segment {2 / fps:.3g} or more")
+    length = max(2, round(min(segment * fps, frames)))
     starts = [length * i for i in range(max(1, round(frames / length)))]
     ends = [*starts[1:], frames]
     return [Piece(Video(path, name, -1, a, b - a), (a / fps, b / fps), mark)
@@ -244,7 +250,10 @@ def find_pieces(found, marks, segment, time_limit=60):
     for file, kind, value in run_in_processes(probe, jobs, None, min(cores(), len(jobs)), time_limit) if jobs else ():
         if kind == "done":
             name, path = found[file]
-            pieces[file] = pieces_of(path, name, *value, segment, marks[file])
+            try:
+                pieces[file] = pieces_of(path, name, *value, segment, marks[file])
+            except BadInput as e:
+                faults[file] = str(e)
         elif kind != "progress":
             faults[file] = value
     return [p for file in found if file in pieces for p in pieces[file]], [faults[f] for f in found if f in faults]

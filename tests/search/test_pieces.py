@@ -15,7 +15,7 @@ from helpers.indexing import index, query
 import data
 import flow
 import search
-from support.collection_index import load_collection
+from support.collection_index import load_collection, pieces_of
 from support.datasets import Video
 from support.errors import BadInput
 from support.stores import FlowStore
@@ -47,6 +47,14 @@ def test_pieces_have_their_times(films, tmp_path, capsys):
     assert "not looked up, a piece of the film: " in capsys.readouterr().out
     members = [m for g in json.loads((tmp_path / "g.json").read_text())["groups"] for m in g["members"]]
     assert sorted(members) == [f"{tmp_path}/films/long.avi#t={t},{t + 1}" for t in range(3)]
+
+
+def test_pieces_of_less_than_two_frames_are_refused(films, tmp_path):
+    with pytest.raises(BadInput, match=r"first: .*<\.avi has 25 frames a second, so that pieces of 1e-05 s are less "
+                                       r"than two frames; index it with --segment 0\.08 or more"):
+        index(films, tmp_path / "i.npz", "--segment", "1e-5")
+    assert [p.video.first for p in pieces_of("a.avi", "a", 12, 25.0, 0.08, ())] == [0, 2, 4, 6, 8, 10]
+    assert [p.span for p in pieces_of("a.avi", "a", 12, 25.0, 1e308, ())] == [(0, 12 / 25)]
 
 
 def test_pieces_of_films_whose_flow_is_whole(tiny, tmp_path):
