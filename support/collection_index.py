@@ -155,7 +155,7 @@ def make_header(net, settings, checkpoint, protocol, store, segment, videos):
 
 
 def _absolute(file):
-    view, equals, path = file.rpartition("=") if file.startswith(("rgb=", "flow=")) else ("", "", file)
+    view, equals, path = file.partition("=") if file.startswith(("rgb=", "flow=")) else ("", "", file)
     return view + equals + os.path.abspath(path)
 
 

@@ -178,6 +178,13 @@ def test_an_export_and_its_run_give_one_index(films, rgb_index, tmp_path):
     assert np.array_equal(load_collection(rgb_index).values["rgb"], load_collection(tmp_path / "i.npz").values["rgb"])
 
 
+def test_a_path_with_an_equals_sign_is_kept_whole():
+    here = os.getcwd()
+    for given, kept in (("rgb=runs/lr=0.1/goca.pt", f"rgb={here}/runs/lr=0.1/goca.pt"),
+                        ("runs/lr=0.1/goca.pt", f"{here}/runs/lr=0.1/goca.pt")):
+        assert collection_index._absolute(given) == kept
+
+
 # --- query -----------------------------------------------------------------------------------------------------------
 def test_the_nearest_of_a_film_from_elsewhere(films, rgb_index, tmp_path, capsys):
     """A copy of a film of the index, which comes first; the rest by their inner products with it."""
