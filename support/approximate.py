@@ -6,6 +6,7 @@ here as many as find 95 % of the true ten nearest. Training takes seconds to min
 
 import importlib.util
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -62,8 +63,9 @@ def kept(path, view, rows):
     index, recall = build(rows)
     finds = f"which finds {100 * recall:.0f} % of the ten nearest"
     try:
-        for old in file.parent.glob(f"{stem}*.faiss"):
-            old.unlink()
+        for old in file.parent.iterdir():
+            if re.fullmatch(rf"{re.escape(stem)}\d+\.faiss", old.name):
+                old.unlink()
         with atomic(file) as tmp:
             faiss.write_index(index, str(tmp))
     except (BadInput, OSError, RuntimeError) as e:

@@ -11,6 +11,7 @@ on where it was, whatever became of the folder since.
 
 import json
 import os
+import re
 import time
 import uuid
 from collections import Counter
@@ -262,21 +263,30 @@ def find_pieces(found, marks, segment, time_limit=60):
 # ---------------------------------------------------------------------------------------------------------------------
 # Making and continuing an index
 # ---------------------------------------------------------------------------------------------------------------------
+def new_part(out):
+    return Path(out).with_name(f".{Path(out).name}.{uuid.uuid4().hex}.npz")
+
+
 def part_paths(out):
-    return sorted(Path(out).parent.glob(f".{Path(out).name}.*.npz"))
+    """Files that `new_part` named."""
+    name = re.compile(rf"\.{re.escape(Path(out).name)}\.[0-9a-f]{{32}}\.npz")
+    return sorted(path for path in Path(out).parent.iterdir() if name.fullmatch(path.name))
 
 
-def merge(out, header, marks):
-    """The index at `out` and the parts of interrupted work -> Collection of what of it still holds, or None.
+def merge(out, paths, header, marks):
+    """The index at `out` and the parts of interrupted work at `paths` -> Collection of what still holds, or None.
 
-    marks: {file: mark} of the films there are. Raises BadInput where the index is of other weights or settings.
+    marks: {file: mark} of the films there are. Raises BadInput where any of them is of other weights or settings.
     """
     held = []
     if Path(out).exists():
         held.append(load_collection(out))
         check_header(out, held[0].header, header, "give those, or another --out")
-    parts = map(load_collection, part_paths(out))
-    held += [c for c in parts if all(c.header.get(k) == header.get(k) for k in SAME)]
+    for path in paths:
+        held.append(load_collection(path))
+        more = f" and the {len(paths) - 1} more beside it" if len(paths) > 1 else ""
+        check_header(path, held[-1].header, header,
+                     f"it is interrupted work: give those, or another --out, or delete it{more}")
     newest = {}  # (file, first frame) -> (which, row)
     for which, collection in enumerate(held):
         for row, (key, mark) in enumerate(zip(collection.keys(), collection.marks.tolist(), strict=True)):
@@ -300,10 +310,11 @@ def bring_up_to_date(out, header, store):
     found = {os.path.relpath(path, root): (name, path) for name, path in films.items()}
     marks = {file: mark_of(path) + (mark_of_flow(store, name) if header["flow"] else (0, 0))
              for file, (name, path) in found.items()}
-    kept = merge(out, header, marks)
+    parts = part_paths(out)
+    kept = merge(out, parts, header, marks)
     if kept is not None:
         save_collection(out, kept)
-    for part in part_paths(out):
+    for part in parts:
         part.unlink()
     return kept, found, marks, films.notes()
 
@@ -334,7 +345,7 @@ def extract(net, todo, store, header, out, s, device, rank, world):
         pieces = [todo[i] for i in block["kept"]]
         said.extend(block["faults"].tolist())
         if pieces:
-            part = Path(out).parent / f".{Path(out).name}.{uuid.uuid4().hex}.npz"
+            part = new_part(out)
             save_collection(part, Collection(
                 header, np.array([os.path.relpath(p.video.path, root) for p in pieces], str),
                 np.array([p.span for p in pieces]), np.array([(p.video.first, p.video.frames or 0) for p in pieces]),

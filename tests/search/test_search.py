@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -266,6 +267,23 @@ def test_faiss_finds_what_it_says_and_is_kept(films, rgb_index, tmp_path, capsys
     again.mkdir()  # where it can't be kept, the search goes on
     capsys.readouterr()
     assert query(path, film, tmp_path, "--engine", "faiss") == exact and "is not kept: " in capsys.readouterr().out
+
+
+def test_of_faiss_s_indexes_the_last_is_kept_whatever_the_name(tmp_path, monkeypatch):
+    """Brackets are no pattern, and a longer name is another index's; without FAISS."""
+    def not_there(path):
+        raise RuntimeError
+
+    monkeypatch.setitem(sys.modules, "faiss", SimpleNamespace(
+        read_index=not_there, write_index=lambda index, path: Path(path).write_text(index)))
+    monkeypatch.setattr(approximate, "build", lambda rows: ("index", 1.0))
+    (tmp_path / "i[1].npz").touch()
+    for name in ("i[1].npz.rgb.1.faiss", "i[1].npz.rgb.rgb.1.faiss"):
+        (tmp_path / name).touch()
+    _, message = approximate.kept(tmp_path / "i[1].npz", "rgb", None)
+    made = f"i[1].npz.rgb.{os.stat(tmp_path / 'i[1].npz').st_mtime_ns}.faiss"
+    assert message.startswith(f"written: {tmp_path / made}")
+    assert sorted(os.listdir(tmp_path)) == ["i[1].npz", made, "i[1].npz.rgb.rgb.1.faiss"]
 
 
 def test_without_faiss_the_search_is_exact(films, rgb_index, tmp_path, monkeypatch, capsys):
