@@ -79,12 +79,12 @@ def index(s):
     else:
         check_rate(settings, None)
     header = make_header(net, settings, s.checkpoint, s.protocol, store, s.segment, s.videos)
-    todo, counts, faults, notes = run_on_first_rank(lambda: survey(s.out, header, store))
+    todo, before, counts, faults, notes = run_on_first_rank(lambda: survey(s.out, header, store))
     if rank == 0:
         say(f"films below {s.videos}: {', '.join(f'{n} {what}' for what, n in counts.items())}", *notes)
     memory = f"--batch-views {s.batch_views}. What helps: a smaller --batch-views, fewer --workers"
     with named_failures(memory, GROUP_TIMEOUT):
-        every = [extract(net, todo, store, header, s.out, s, device, rank, world) if todo else []]
+        every = [extract(net, todo, store, header, s.out, s, device, rank, world) if todo else ([], [])]
     if world > 1:
         shared = [None] * world
         dist.all_gather_object(shared, every[0])  # and all parts are there
@@ -92,14 +92,18 @@ def index(s):
         every = shared
     if rank:
         return 0
-    faults += [fault for each in every for fault in each]
+    faults += [fault for _, said in every for fault in said]
+    read = {key for keys, _ in every for key in keys}
     held, *_ = bring_up_to_date(s.out, header, store)
+    lost = (read | before).difference(held.keys() if held else ())
+    faults += [f"{os.path.join(header['videos'], file)} changed or vanished meanwhile; give the same command again"
+               for file in sorted({file for file, _ in lost})]
     for fault in faults:
         say(f"skipped: {fault}")
     if held is None:
         raise BadInput(f"none of the films below {s.videos} can be read; the first: {faults[0]}")
     say(f"{s.out} holds {len(held.files)} {'pieces' if s.segment else 'films'} by {' and '.join(header['views'])}; "
-        f"{len(todo)} made anew in {time.perf_counter() - began:.0f} s on {world} process(es), {device}; "
+        f"{len(read - lost)} made anew in {time.perf_counter() - began:.0f} s on {world} process(es), {device}; "
         f"{len(faults)} skipped")
     return 0
 

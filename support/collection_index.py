@@ -320,7 +320,8 @@ def bring_up_to_date(out, header, store):
 
 
 def survey(out, header, store):
-    """What is yet to be done -> ([Piece], {what: number of films}, [why a film can't be read], what else there is)."""
+    """What is yet to be done -> ([Piece], keys of what is held, {what: number of films}, [why a film can't be read],
+    what else there is)."""
     before = set(load_collection(out).files.tolist()) if Path(out).exists() else set()
     kept, found, marks, notes = bring_up_to_date(out, header, store)
     keys = set(kept.keys()) if kept is not None else set()
@@ -334,30 +335,32 @@ def survey(out, header, store):
     anew = {os.path.relpath(p.video.path, header["videos"]) for p in todo}
     counts = {"new": len(anew - before), "changed": len(anew & before),
               "as before": len(found) - len(anew) - len(faults), "gone": len(before - found.keys())}
-    return todo, counts, faults, notes
+    return todo, keys, counts, faults, notes
 
 
 def extract(net, todo, store, header, out, s, device, rank, world):
-    """Features of this process's share of `todo`, kept in parts beside `out` -> why some can't be read."""
-    said, views, root = [], header["views"], header["videos"]
+    """Features of this process's share of `todo`, kept in parts beside `out` -> (their keys, why some can't be
+    read)."""
+    keys, said, views, root = [], [], header["views"], header["videos"]
 
     def keep(b, block):
         pieces = [todo[i] for i in block["kept"]]
         said.extend(block["faults"].tolist())
         if pieces:
-            part = new_part(out)
-            save_collection(part, Collection(
+            part = Collection(
                 header, np.array([os.path.relpath(p.video.path, root) for p in pieces], str),
                 np.array([p.span for p in pieces]), np.array([(p.video.first, p.video.frames or 0) for p in pieces]),
                 np.array([p.mark for p in pieces]),
-                {v: F.normalize(torch.from_numpy(block[v]), dim=1).numpy() for v in views}))
+                {v: F.normalize(torch.from_numpy(block[v]), dim=1).numpy() for v in views})
+            save_collection(new_part(out), part)
+            keys.extend(part.keys())
 
     s = SimpleNamespace(**{k: header[k] for k in (*NETWORK, "protocol")}, workers=s.workers,
                         batch_views=s.batch_views, checkpoint=" ".join(header["checkpoint"]))
     blocks = range(-(-len(todo) // BLOCK))
     extract_blocks(net, [p.video for p in todo], store, s, device, "index", keep,
                    {b for b in blocks if b % world != rank})
-    return said
+    return keys, said
 
 
 # ---------------------------------------------------------------------------------------------------------------------

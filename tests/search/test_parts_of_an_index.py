@@ -1,4 +1,4 @@
-"""search.py index beside other work: interrupted, of neighbours."""
+"""search.py index beside other work: interrupted, of neighbours; films that change meanwhile."""
 
 import os
 import shutil
@@ -6,8 +6,10 @@ import shutil
 import pytest
 from helpers.indexing import index
 
+from support import collection_index
 from support.collection_index import load_collection
 from support.errors import BadInput
+from support.features import extract_blocks
 
 PART = "0123456789abcdef" * 2
 
@@ -26,3 +28,24 @@ def test_parts_are_those_of_this_index_alone(films, rgb_index, tmp_path):
     assert index(films, tmp_path / "films[1].npz") == 0
     assert len(load_collection(tmp_path / "films[1].npz").files) == 5
     assert sorted(os.listdir(tmp_path)) == [os.path.basename(other), "films[1].npz"]
+
+
+def test_films_that_change_meanwhile_are_named(films, tmp_path, monkeypatch, capsys):
+    videos = tmp_path / "films"
+    shutil.copytree(films / "films", videos)
+
+    def extract_and_change(net, found, *args):
+        extract_blocks(net, found, *args)
+        os.utime(videos / "a.avi")
+        (videos / "b" / "c.avi").unlink(missing_ok=True)
+
+    monkeypatch.setattr(collection_index, "extract_blocks", extract_and_change)
+    assert index(films, tmp_path / "i.npz", videos=videos) == 0
+    said = capsys.readouterr().out
+    for name in ("a", "b/c"):
+        assert f"skipped: {videos}/{name}.avi changed or vanished meanwhile; give the same command again" in said
+    assert "holds 3 films" in said and "3 made anew" in said and "2 skipped" in said
+    for path in [path for path in videos.rglob("*.avi") if path.name != "a.avi"]:
+        path.unlink()
+    with pytest.raises(BadInput, match=r"none of the films .* can be read; the first: .*a\.avi changed or vanished"):
+        index(films, tmp_path / "one.npz", videos=videos)
