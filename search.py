@@ -25,6 +25,7 @@ import argparse
 import json
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -42,11 +43,12 @@ from support.collection_index import (
     load_collection,
     make_header,
     of_views,
+    only_one,
     open_network,
     piece_seconds,
     survey,
 )
-from support.distributed import GROUP_TIMEOUT, run_on_first_rank, start_processes
+from support.distributed import GROUP_TIMEOUT, run_on_all_ranks, run_on_first_rank, start_processes
 from support.errors import BadInput
 from support.features import check_rate, check_store, view_matrix
 from support.files import atomic, check_folder, check_writable
@@ -66,9 +68,17 @@ TYPICAL = 5  # films named of a group
 # index
 # ---------------------------------------------------------------------------------------------------------------------
 def index(s):
-    """Bring an index up to date with a folder -> exit status."""
+    """Bring an index up to date with a folder, no other run at the same time -> exit status."""
+    if os.path.islink(s.out):
+        s.out = os.path.realpath(s.out)  # the index that it leads to, beside which the parts lie
     check_writable(s.out, "--out")
     device, rank, world = start_processes(s)
+    with ExitStack() as meanwhile:
+        run_on_all_ranks(lambda: None if rank else meanwhile.enter_context(only_one(s.out)))
+        return make_index(s, device, rank, world)
+
+
+def make_index(s, device, rank, world):
     began = time.perf_counter()
     store = FlowStore(s.flow) if s.flow else None
     net, settings = open_network(s.checkpoint, frames=s.frames, size=s.size, stride=s.stride)

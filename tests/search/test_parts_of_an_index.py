@@ -1,5 +1,6 @@
-"""search.py index beside other work: interrupted, of neighbours; films that change meanwhile."""
+"""search.py index beside other work: interrupted, of neighbours, of another run; films that change meanwhile."""
 
+import multiprocessing
 import os
 import shutil
 
@@ -7,7 +8,7 @@ import pytest
 from helpers.indexing import index
 
 from support import collection_index
-from support.collection_index import load_collection
+from support.collection_index import load_collection, only_one
 from support.errors import BadInput
 from support.features import extract_blocks
 
@@ -30,6 +31,34 @@ def test_parts_are_those_of_this_index_alone(films, rgb_index, tmp_path):
     assert sorted(os.listdir(tmp_path)) == [os.path.basename(other), "films[1].npz"]
 
 
+def test_a_second_run_at_the_same_time_is_refused(films, rgb_index, tmp_path):
+    fork, out = multiprocessing.get_context("fork"), shutil.copy(rgb_index, tmp_path / "i.npz")
+    locked, ended = fork.Event(), fork.Event()
+
+    def hold():
+        with only_one(out):
+            locked.set()
+            ended.wait(60)
+
+    other = fork.Process(target=hold, daemon=True)
+    other.start()
+    locked.wait(60)
+    with pytest.raises(BadInput, match=r"another search\.py index is making .*i\.npz: wait for its end"):
+        index(films, out)
+    ended.set()
+    other.join()
+    assert index(films, out) == 0 and os.listdir(tmp_path) == ["i.npz"]
+
+
+def test_without_locks_a_sentence_is_all(tmp_path, monkeypatch, capsys):
+    def fails(*args):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(collection_index.fcntl, "lockf", fails)
+    with only_one(tmp_path / "i.npz"):
+        assert "can't be locked (No locks available); see to it that no two runs" in capsys.readouterr().err
+
+
 def test_films_that_change_meanwhile_are_named(films, tmp_path, monkeypatch, capsys):
     videos = tmp_path / "films"
     shutil.copytree(films / "films", videos)
@@ -49,3 +78,10 @@ def test_films_that_change_meanwhile_are_named(films, tmp_path, monkeypatch, cap
         path.unlink()
     with pytest.raises(BadInput, match=r"none of the films .* can be read; the first: .*a\.avi changed or vanished"):
         index(films, tmp_path / "one.npz", videos=videos)
+
+
+def test_a_link_to_an_index_stays_one(films, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.npz").symlink_to(tmp_path / "there" / "i.npz")
+    assert index(films, tmp_path / "link.npz") == 0
+    assert (tmp_path / "link.npz").is_symlink() and len(load_collection(tmp_path / "there" / "i.npz").files) == 5
