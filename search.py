@@ -34,7 +34,7 @@ import torch.distributed as dist
 from data import SPREAD
 from model import VIEWS
 from support import approximate
-from support.cli import Subcommand, command_line, non_negative_int, positive, positive_int, say
+from support.cli import Subcommand, command_line, non_negative_int, positive, positive_int, random_seed, say
 from support.collection_index import (
     bring_up_to_date,
     check_weights,
@@ -43,7 +43,6 @@ from support.collection_index import (
     load_collection,
     make_header,
     of_views,
-    only_one,
     open_network,
     piece_seconds,
     survey,
@@ -54,6 +53,7 @@ from support.features import check_rate, check_store, view_matrix
 from support.files import atomic, check_folder, check_writable
 from support.frame_folders import is_frame_folder
 from support.grouping import make_groups, quality_in_words
+from support.locks import only_one
 from support.metrics import nearest
 from support.page import Group, Item, write_page
 from support.previews import make_previews
@@ -333,7 +333,7 @@ def arguments(argv=None):
     for sub in (q, g, w):
         sub.add_argument("--index", required=True, help="of search.py index")
     for sub in (g, w):
-        sub.add_argument("--seed", type=below(32, non_negative_int), default=0, help="of k-means")
+        sub.add_argument("--seed", type=random_seed, default=0, help="of k-means")
     for sub in (q, g):
         sub.add_argument("--view", choices=(*VIEWS, "rgb+flow"), help="default: all that the index has, together")
         sub.add_argument("--json", help="file for the results")

@@ -6,7 +6,6 @@ read and were set aside; RUN/lock is held by the run that trains there.
 """
 
 import errno
-import fcntl
 import io
 import os
 import pickle
@@ -23,6 +22,7 @@ import torch
 
 from support.errors import BadInput, TemporaryFailure
 from support.files import atomic, writing
+from support.locks import try_lock
 from support.optim import learning_rate
 from support.training_flags import default_lead_epochs
 
@@ -170,22 +170,16 @@ def lock(out, seconds=0.0):
     except OSError as e:
         raise BadInput(f"--out {out} can't be written ({e.strerror}); choose a folder that can") from e
     until = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not held on by forked loader processes
-            break
-        except OSError as e:
-            if e.errno not in (errno.EACCES, errno.EAGAIN):
-                file.close()
-                print(f"warning: {out / 'lock'} can't be locked ({e.strerror}); see to it that no two runs train in "
-                      f"{out}", file=sys.stderr)
-                return nullcontext()
-            if time.monotonic() >= until:
-                file.seek(0)
-                raise (TemporaryFailure if seconds else BadInput)(
-                    f"another run is training in {out} ({file.read().strip() or 'unknown process'}): wait for its end, "
-                    f"or give another --out; if its machine is gone, remove {out / 'lock'}") from None
-            time.sleep(1)
+    while (locked := try_lock(file, f"see to it that no two runs train in {out}")) is False:
+        if time.monotonic() >= until:
+            file.seek(0)
+            raise (TemporaryFailure if seconds else BadInput)(
+                f"another run is training in {out} ({file.read().strip() or 'unknown process'}): wait for its end, or "
+                f"give another --out; if its machine is gone, remove {out / 'lock'}")
+        time.sleep(1)
+    if locked is None:
+        file.close()
+        return nullcontext()
     with writing(out / "lock"):
         file.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)

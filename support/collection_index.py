@@ -9,16 +9,12 @@ While an index is made its parts lie beside it, each of 16 films and an index in
 on where it was, whatever became of the folder since.
 """
 
-import errno
-import fcntl
 import json
 import os
 import re
-import sys
 import time
 import uuid
 from collections import Counter
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,13 +28,13 @@ import data
 from support.datasets import Video
 from support.errors import BadInput
 from support.features import BLOCK, NETWORK, extract_blocks, fingerprint, load_network, view_features
-from support.files import load_arrays, save_arrays, temporary_folder, writing
+from support.files import load_arrays, save_arrays, temporary_folder
 from support.flow_methods import choose_backend
 from support.flow_pipeline import Job, Settings, declared_fps, extract_video
 from support.inference import mean_over_views
 from support.stores import FlowStore
 from support.videos import file_stat, film_length, find_videos, with_time_limit
-from support.weights import Backbones, read_state
+from support.weights import Backbones, read_state, view_and_path
 from support.worker_pool import cores, run_in_processes
 
 KIND = "index of a collection"
@@ -160,8 +156,8 @@ def make_header(net, settings, checkpoint, protocol, store, segment, videos):
 
 
 def _absolute(file):
-    view, equals, path = file.partition("=") if file.startswith(("rgb=", "flow=")) else ("", "", file)
-    return view + equals + os.path.abspath(path)
+    view, path = view_and_path(file)
+    return f"{view}=" * bool(view) + os.path.abspath(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,28 +263,6 @@ def find_pieces(found, marks, segment, time_limit=60):
 # ---------------------------------------------------------------------------------------------------------------------
 # Making and continuing an index
 # ---------------------------------------------------------------------------------------------------------------------
-@contextmanager
-def only_one(out):
-    """No other process makes the index at `out` meanwhile. Raises BadInput where one does; where the file system can't
-    lock, a message says so."""
-    path = Path(out).with_name(f".{Path(out).name}.lock")
-    with writing(path):
-        file = open(path, "a")
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not held on by forked loader processes
-        except OSError as e:
-            if e.errno in (errno.EACCES, errno.EAGAIN):
-                raise BadInput(f"another search.py index is making {out}: wait for its end, or give another "
-                               f"--out") from None
-            print(f"warning: {path} can't be locked ({e.strerror}); see to it that no two runs make {out}",
-                  file=sys.stderr)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
 def new_part(out):
     return Path(out).with_name(f".{Path(out).name}.{uuid.uuid4().hex}.npz")
 

@@ -7,10 +7,11 @@ import shutil
 import pytest
 from helpers.indexing import index
 
-from support import collection_index
-from support.collection_index import load_collection, only_one
+from support import collection_index, locks
+from support.collection_index import load_collection
 from support.errors import BadInput
 from support.features import extract_blocks
+from support.locks import only_one
 
 PART = "0123456789abcdef" * 2
 
@@ -54,7 +55,7 @@ def test_without_locks_a_sentence_is_all(tmp_path, monkeypatch, capsys):
     def fails(*args):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(collection_index.fcntl, "lockf", fails)
+    monkeypatch.setattr(locks.fcntl, "lockf", fails)
     with only_one(tmp_path / "i.npz"):
         assert "can't be locked (No locks available); see to it that no two runs" in capsys.readouterr().err
 

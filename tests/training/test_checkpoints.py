@@ -15,7 +15,7 @@ from helpers.small_runs import command
 from helpers.training import log, run, weights
 
 import pretrain
-from support import checkpoints
+from support import checkpoints, locks
 from support.checkpoints import last_checkpoint, load_checkpoint, lock, save_checkpoint, save_run
 from support.errors import BadInput, TemporaryFailure
 from support.files import save_arrays
@@ -215,7 +215,7 @@ def test_without_locks_a_sentence_is_all(tiny, two, monkeypatch, capsys):
     def fails(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(checkpoints.fcntl, "lockf", fails)
+    monkeypatch.setattr(locks.fcntl, "lockf", fails)
     (two / ".tmp-other.pt").write_bytes(b"")
     assert run(tiny, two) == 0
     assert "can't be locked (No locks available); see to it that no two runs" in capsys.readouterr().err
