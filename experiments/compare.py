@@ -26,6 +26,7 @@ began to learn.
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -35,11 +36,12 @@ from types import SimpleNamespace
 
 from scipy.stats import ttest_rel
 
+from experiments.driver import Driver
 from experiments.paper import TABLES
-from experiments.tables import Driver, check_comparable, load
+from experiments.tables import check_comparable, load
 from support.cli import Subcommand, command_line
 from support.errors import BadInput
-from support.files import check_writable
+from support.files import check_folder, check_writable
 
 VIEWS = ("rgb", "flow", "rgb+flow")
 NEEDED = {"set": dict, "prototypes": str, "processes": int, "flags": str, "settings": dict, "seeds": list,
@@ -66,7 +68,7 @@ def read_experiment(path, settings=None, versus=None):
         raise BadInput(f"{path} is no JSON file of an experiment ({e}); see experiments/compare.py") from e
     if wrong:
         raise BadInput(f"{path}: {'; '.join(wrong)}; see experiments/compare.py")
-    x = SimpleNamespace(**fields, folder=Path(path).parent)
+    x = SimpleNamespace(**fields, folder=Path(os.path.abspath(path)).parent)
     x.rows = [*x.settings, *(["untrained"] if x.untrained else [])]  # their names are those of the results' folders
     x.versus = versus or [x.versus]
     named = {"versus": x.versus, "--settings": settings or []}
@@ -101,12 +103,14 @@ def evaluations(x, name, seed):
 def run(args):
     """Pre-train and evaluate every setting on every seed -> 0, or 1 where a command failed."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    x, work = read_experiment(args.experiment), Path(args.work).absolute()
-    driver = Driver(x.folder)
+    x, work = read_experiment(args.experiment), Path(os.path.abspath(args.work))
+    for folder, what in {work: "--work", x.folder: "the experiment's folder",
+                         **{x.folder / name: f"the folder of {name}," for name in x.rows}}.items():
+        check_folder(folder, what)
+    driver = Driver(x.folder, work)
     data_set = [word for key, value in x.set.items() for word in (f"--{key}", value)]
     for seed, name in ((seed, name) for seed in x.seeds for name in x.rows):
         run_folder, log = work / name / f"seed{seed}", x.folder / name / f"seed{seed}.jsonl"
-        log.parent.mkdir(exist_ok=True)
         if name not in x.settings:
             network = ["--checkpoint", "none", *shlex.split(x.untrained), "--seed", str(seed)]
             features = ["--features", str(run_folder / "features")]

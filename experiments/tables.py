@@ -22,21 +22,18 @@ import re
 import shlex
 import signal
 import statistics
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 import model
+from experiments.driver import Driver, read_commands
 from experiments.paper import LAMBDAS, TABLES, lambda_run
 from support.cli import Subcommand, command_line
 from support.errors import BadInput
 from support.files import atomic, check_folder, check_writable, save_arrays
 
-ROOT = Path(__file__).parents[1]
 SAME = ("protocol", "fusion", "dataset", "split", "gallery", "queries", "classes")  # rows are comparable only then
 
 
@@ -69,74 +66,6 @@ def read_sets(path):
                        f"({e!r})") from e
 
 
-def from_root(word):
-    """A word of a command without the checkout's own path: commands run there, and others read what is noted."""
-    return word.removeprefix(f"{ROOT}{os.sep}")
-
-
-def without_folders(command):
-    """A command without where its run lies, which may have been moved: only the rest decides what it finds."""
-    places = {"--checkpoint", "--features", "--out"}
-    return [word for before, word in zip(["", *command], command, strict=False) if not {before, word} & places]
-
-
-class Driver:
-    """Runs commands once: each is noted in DIR/commands.jsonl with its seconds, however it ended."""
-
-    def __init__(self, results):
-        self.path, self.failed = Path(results) / "commands.jsonl", []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.done = {from_root(line["out"]): [*map(from_root, line["command"])] for line in read_commands(results)
-                     if line["status"] == 0}
-
-    def check(self, command, out):
-        """Raise BadInput where `out` was made by another command than this."""
-        made = self.done.get(from_root(str(out)))
-        if made and without_folders(made) != without_folders([*map(from_root, command)]):
-            raise BadInput(f"{out} was made by another command ({shlex.join(made)}): give another folder for the "
-                           f"results, or remove what it made")
-
-    def __call__(self, command, out, log, processes=1):
-        """Run `python *command`, whose result is the file `out`, unless that was done -> whether `out` is there."""
-        out, noted, command = Path(out), from_root(str(out)), [*map(from_root, command)]
-        if out.exists() and noted in self.done:
-            self.check(command, out)
-            return True
-        launch = [sys.executable]
-        if processes > 1:
-            launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        print(f"{shlex.join(command)}\n    log: {log}", flush=True)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        began = time.perf_counter()
-        with open(log, "a") as f, subprocess.Popen([*launch, *command], cwd=ROOT, stdout=f, stderr=f) as process:
-            try:
-                process.wait()
-            finally:
-                if process.poll() is None:
-                    process.terminate()  # pre-training and fine-tuning save and leave
-                    process.wait()
-                seconds = time.perf_counter() - began
-                with open(self.path, "a") as notes:
-                    notes.write(json.dumps({"out": noted, "command": command, "seconds": round(seconds, 1),
-                                            "status": process.returncode}) + "\n")
-        if process.returncode:
-            self.failed.append(log)
-            print(f"    failed with status {process.returncode}: {(log.read_text().splitlines() or ['-'])[-1]}")
-            return False
-        self.done[noted] = command
-        print(f"    {seconds:.0f} s", flush=True)
-        return True
-
-
-def read_commands(results):
-    """DIR/commands.jsonl -> list of {"out", "command", "seconds", "status"}."""
-    path = Path(results) / "commands.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    except ValueError as e:
-        raise BadInput(f"{path} is damaged ({e}); remove its broken line") from e
-
-
 def random_prototypes(path, num, dim):
     """The unregularised prototypes of Table 3, trained or not: unit rows drawn at random, not fitted by Eq. 11."""
     p = np.random.default_rng(0).standard_normal((num, dim), dtype=np.float32)
@@ -147,7 +76,7 @@ def random_prototypes(path, num, dim):
 def run(args):
     """Pre-train and evaluate all that the tables need -> 0, or 1 where a command failed."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sets, results = read_sets(args.sets), Path(args.results).absolute()
+    sets, results = read_sets(args.sets), Path(os.path.abspath(args.results))
     for name in {args.pretrain, *args.on} - set(sets):
         raise BadInput(f"--sets {args.sets} names no data set {name}; it has {', '.join(sets)}")
     check_folder(results, "--results")

@@ -9,7 +9,7 @@ import pytest
 from helpers.paths import ROOT
 from scipy.stats import t as student
 
-from experiments import compare, figures, tables
+from experiments import compare, driver, figures
 from support.errors import BadInput
 
 
@@ -129,28 +129,31 @@ def test_all_runs_are_made_once_and_their_logs_kept(tiny, tmp_path, forked, monk
         def poll(self):
             return 0
 
-    monkeypatch.setattr(tables, "subprocess", SimpleNamespace(Popen=Popen))
+    monkeypatch.setattr(driver, "subprocess", SimpleNamespace(Popen=Popen))
+    folder = tmp_path / "results"
+    folder.mkdir()
     path = experiment(
-        tmp_path, seeds=[5], prototypes=str(tiny.prototypes), settings={"sep": "--method sep"},
+        folder, seeds=[5], prototypes=str(tiny.prototypes), settings={"sep": "--method sep"},
         set={"dataset": "ucf101", "videos": str(tiny.videos), "splits": str(tiny.splits), "flow": str(tiny.flow)},
         flags="@presets/cpu --epochs 1 --warmup-epochs 0 --batch-size 2 --size 16 --scale 1.0 1.25 --frames 4",
         untrained="--arch r2plus1d18 --width 0.125 --size 16 --frames 4 --stride 2",
         downstream={"cluster": {"flags": "--runs 2"}, "linear": {"seeds": [6]},
                     "finetune": {"settings": ["sep"], "flags": "--views flow --epochs 1 --batch-size 2"}})
-    run = ["run", str(path), "--work", str(tmp_path / "work")]
+    monkeypatch.chdir(tmp_path)
+    run = ["run", "results/experiment.json", "--work", "work"]
     assert compare.main(run) == 0
-    settings = json.loads((tmp_path / "sep" / "seed5.jsonl").read_text().splitlines()[0])["settings"]
+    settings = json.loads((folder / "sep" / "seed5.jsonl").read_text().splitlines()[0])["settings"]
     assert (settings["method"], settings["seed"]) == ("sep", 5)
-    assert set(json.loads((tmp_path / "sep" / "seed5.json").read_text())["results"]) == {"rgb", "flow", "rgb+flow"}
-    notes = (tmp_path / "commands.jsonl").read_text()
+    assert set(json.loads((folder / "sep" / "seed5.json").read_text())["results"]) == {"rgb", "flow", "rgb+flow"}
+    notes = (folder / "commands.jsonl").read_text()
     assert [json.loads(line)["command"][:2] for line in notes.splitlines()] == [
         ["pretrain.py", "@presets/cpu"], ["evaluate.py", "retrieval"], ["evaluate.py", "cluster"],
         ["evaluate.py", "finetune"], ["evaluate.py", "retrieval"], ["evaluate.py", "cluster"]]
-    untrained = json.loads((tmp_path / "untrained" / "seed5.json").read_text())
+    untrained = json.loads((folder / "untrained" / "seed5.json").read_text())
     row = f"| untrained | 1 | {untrained['results']['rgb']['R@1']:.1f} |"
     assert untrained["protocol"]["method"] == "untrained"
     assert any(line.startswith(row) for line in compare.lines(compare.read_experiment(path), 30, ["retrieval"]))
-    assert compare.main(run) == 0 and (tmp_path / "commands.jsonl").read_text() == notes
+    assert compare.main(run) == 0 and (folder / "commands.jsonl").read_text() == notes
     fields = json.loads(path.read_text())
     for changes, made in (({"settings": {"sep": "--method sep --lr 1.0"}}, "sep/seed5/checkpoint.pt"),
                           ({"evaluate": "--protocol coclr"}, "sep/seed5.json"),
@@ -158,9 +161,14 @@ def test_all_runs_are_made_once_and_their_logs_kept(tiny, tmp_path, forked, monk
         path.write_text(json.dumps({**fields, **changes}))
         with pytest.raises(BadInput, match=f"{made} was made by another command"):
             compare.main(run)
+        for other in (["run", "results/sep/../experiment.json", *run[2:]], [*run[:-1], "moved"]):
+            with pytest.raises(BadInput, match=f"{made} was made by another command"):
+                compare.main(other)
     path.write_text(json.dumps(fields))
-    assert compare.main([*run[:-1], str(tmp_path / "moved")]) == 0  # what is there needs no run
-    assert (tmp_path / "commands.jsonl").read_text() == notes
+    assert compare.main([*run[:-1], "moved"]) == 0  # what is there needs no run
+    folder.rename("elsewhere")
+    assert compare.main(["run", str(tmp_path / "elsewhere" / "experiment.json"), *run[2:]]) == 0
+    assert Path("elsewhere/commands.jsonl").read_text() == notes
 
 
 @pytest.mark.parametrize(("changes", "words"), [
@@ -175,6 +183,17 @@ def test_all_runs_are_made_once_and_their_logs_kept(tiny, tmp_path, forked, monk
 def test_what_an_experiment_lacks_is_named(tmp_path, changes, words):
     with pytest.raises(BadInput, match=words):
         compare.main(["show", str(experiment(tmp_path, **changes))])
+
+
+def test_a_file_where_a_folder_is_to_be(tmp_path):
+    path, work = experiment(tmp_path), tmp_path / "work"
+    for file, words in ((work, "--work .*work is a file"), (tmp_path / "sep", "the folder of sep, .*sep is a file"),
+                        (work / "sep" / "seed0", "the folder of the log, .*seed0 is a file")):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        with pytest.raises(BadInput, match=words):
+            compare.main(["run", str(path), "--work", str(work)])
+        file.unlink()
 
 
 def test_results_of_other_queries_are_refused(tmp_path):
@@ -193,11 +212,11 @@ def test_results_of_other_queries_are_refused(tmp_path):
 def test_committed_results_are_of_their_experiment_s_flags(path, monkeypatch):
     """The command that docs/results.md gives goes on with them: none is refused as another command's."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(tables.Driver, "__call__", lambda *_: False)  # nothing is run,
+    monkeypatch.setattr(driver.Driver, "__call__", lambda *_: False)  # nothing is run,
     monkeypatch.setattr(compare.shutil, "copyfile", lambda *_: None)  # and no log of a run here taken for a result
     checked = []
-    monkeypatch.setattr(tables.Driver, "check", lambda self, command, out, check=tables.Driver.check: (
-        check(self, command, out), checked.append(tables.from_root(str(out)) in self.done)))
+    monkeypatch.setattr(driver.Driver, "check", lambda self, command, out, check=driver.Driver.check: (
+        check(self, command, out), checked.append(bool(self.made_by(out)))))
     work = ROOT / "runs" / path.parent.relative_to(ROOT / "results")
     assert compare.main(["run", str(path.relative_to(ROOT)), "--work", str(work)]) == 0
     assert sum(checked) >= 10

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from experiments import figures, paper, tables
+from experiments import driver, figures, paper, tables
 from support.errors import BadInput
 from support.files import load_arrays, save_arrays
 
@@ -97,7 +97,7 @@ def test_the_driver_runs_what_is_missing_and_no_more(tiny, tmp_path, capsys, mon
             "films", "--on", "films", "--num", "24", "--dim", "16", "--pretrain-flags", SMALL, "--evaluate-flags",
             "--workers 0 --views rgb"]
     assert tables.main(args) == 0
-    notes = tables.read_commands(results)
+    notes = driver.read_commands(results)
     assert [n["command"][0] for n in notes] == ["prototypes.py", "pretrain.py", "evaluate.py"]
     made = json.loads((results / "goca" / "seed0" / "retrieval-films.json").read_text())
     assert made["protocol"]["method"] == "goca" and made["protocol"]["pretraining"]["seed"] == 0
@@ -105,7 +105,7 @@ def test_the_driver_runs_what_is_missing_and_no_more(tiny, tmp_path, capsys, mon
     assert line[2] == "–" and line[3].startswith(f"{made['results']['rgb']['R@1']:.1f} ± ")
     (results / "goca" / "seed0" / "retrieval-films.json").unlink()
     assert tables.main(args) == 0  # only what is missing is done again
-    assert [n["command"][0] for n in tables.read_commands(results)[len(notes):]] == ["evaluate.py"]
+    assert [n["command"][0] for n in driver.read_commands(results)[len(notes):]] == ["evaluate.py"]
     with pytest.raises(BadInput, match="made by another command"):
         tables.main([*args, "--evaluate-flags", "--workers 0"])
     assert tables.main([*args, "--evaluate-flags", "--workers 0 --views red", "--seeds", "0", "--on", "films",
@@ -250,10 +250,10 @@ def test_results_of_other_protocols_are_not_listed_together(tmp_path):
 
 def test_what_is_noted_has_no_path_of_this_machine(tmp_path, capsys):
     """Commands run in the checkout; they are noted as they would be typed there, and known again however given."""
-    driver, out = tables.Driver(tmp_path), tmp_path / "out"
-    for place in (str(tables.ROOT / "runs" / "x"), "runs/x"):
-        assert driver(["-c", f"open({str(out)!r}, 'a').write('once')", place], out, tmp_path / "log")
-    assert out.read_text() == "once" and str(tables.ROOT) not in capsys.readouterr().out
-    assert [line["command"][2] for line in tables.read_commands(tmp_path)] == ["runs/x"]
+    run, out = driver.Driver(tmp_path), tmp_path / "out"
+    for place in (str(driver.ROOT / "runs" / "x"), "runs/x"):
+        assert run(["-c", f"open({str(out)!r}, 'a').write('once')", place], out, tmp_path / "log")
+    assert out.read_text() == "once" and str(driver.ROOT) not in capsys.readouterr().out
+    assert [line["command"][2] for line in driver.read_commands(tmp_path)] == ["runs/x"]
     with pytest.raises(BadInput, match="made by another command"):
-        tables.Driver(tmp_path)(["-c", "pass", "runs/y"], out, tmp_path / "log")
+        driver.Driver(tmp_path)(["-c", "pass", "runs/y"], out, tmp_path / "log")
