@@ -31,7 +31,7 @@ from experiments import method
 from experiments.paper import LAMBDA_GRID, LAMBDAS, TABLES
 from experiments.result_files import confusion_table, curve, load_retrieval, of_split, one_query_a_class, read_log
 from experiments.tables import check_comparable, collect, load, ours
-from support.cli import Subcommand, command_line
+from support.cli import Subcommand, command_line, say
 from support.errors import BadInput
 from support.features import view_matrix
 from support.files import atomic, check_writable, load_arrays
@@ -125,17 +125,24 @@ def steps(args):
     figure, axes = plt.subplots(2, len(args.run), figsize=(4.6 * len(args.run), 5.2), sharex=True, sharey="row",
                                 squeeze=False, layout="constrained")
     for (above, below), run in zip(axes.T, args.run, strict=True):
-        log, points = read_log(run), {}
+        log, points, first = read_log(run), {}, None
         for path in sorted(Path(run).glob("*.json")):
             result = load(path)
-            of = {**result["protocol"].get("pretraining", {}), "method": result["protocol"]["method"]}
-            if any(of.get(k) != log.settings.get(k) for k in ("method", "seed", "lr", "epochs", "lead")):
+            protocol = result["protocol"]
+            if (command := protocol.get("command", "retrieval")) != "retrieval":
+                say(f"left out: {path}, a result of evaluate.py {command}")
+                continue
+            of = {**protocol.get("pretraining", {}), "method": protocol["method"]}
+            if not any(all(of.get(k) == start["settings"].get(k) for k in ("method", "seed", "lr", "epochs", "lead"))
+                       for start in log.starts):  # pretrain.py --extend begins anew with more epochs
                 raise BadInput(f"{path} is of another run than {log.path}")
+            first = first or (path, protocol)
+            check_comparable(path, protocol, *first)
             for view, found in result["results"].items():
-                points.setdefault(view, []).append((result["protocol"]["step"], found["R@1"]))
+                points.setdefault(view, []).append((protocol["step"], found["R@1"]))
         if not points:
-            raise BadInput(f"{run} holds no *.json; evaluate its checkpoints: python evaluate.py retrieval "
-                           f"--checkpoint {run}/checkpoint.1.pt --json {run}/checkpoint.1.json")
+            raise BadInput(f"{run} holds no *.json of retrieval; evaluate its checkpoints: python evaluate.py "
+                           f"retrieval --checkpoint {run}/checkpoint.1.pt --json {run}/checkpoint.1.json")
         for colour, mark, view in zip(COLOURS, "os^", ("rgb", "flow", "rgb+flow"), strict=False):
             if view in points:
                 above.plot(*zip(*sorted(points[view]), strict=True), color=colour, marker=mark, label=view)
@@ -211,8 +218,7 @@ def lambdas(args):
     size = len(LAMBDAS), len(LAMBDAS)
     grid, spread = np.full(size, np.nan), np.full(size, np.nan)
     counts = set()
-    for i, row in enumerate(TABLES[2].rows):
-        found = collect(args.results, row.run, TABLES[2].command, args.on)
+    for i, (row, found) in enumerate(zip(TABLES[2].rows, collect(TABLES[2], args.results, args.on), strict=True)):
         counts.add(len(found))
         if found:
             grid.flat[i], _ = ours(found, row.view, "R@1")

@@ -30,11 +30,14 @@ import numpy as np
 import model
 from experiments.driver import Driver, read_commands
 from experiments.paper import LAMBDAS, TABLES, lambda_run
-from support.cli import Subcommand, command_line
+from support.cli import Subcommand, command_line, non_negative_int, positive_int
 from support.errors import BadInput
 from support.files import atomic, check_folder, check_writable, save_arrays
 
-SAME = ("protocol", "fusion", "dataset", "split", "gallery", "queries", "classes")  # rows are comparable only then
+# what numbers depend on beside the network and chance: rows are comparable only where these are the same
+SAME = ("command", "protocol", "fusion", "dataset", "split", "gallery", "queries", "classes", "videos", "clusters",
+        "runs", "train", "test", "on", "recipe", "optimizer", "lr", "weight_decay", "epochs", "milestones", "l2",
+        "batch_norm", "dropout", "backbone", "batch")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,16 +128,26 @@ def load(path, command="retrieval"):
     """A result of evaluate.py. Raises BadInput if it is none."""
     try:
         out = json.loads(Path(path).read_text())
-        out["protocol"]["method"], out["results"]
+        out["protocol"]["method"], [numbers.keys() for numbers in out["results"].values()]
         return out
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise BadInput(f"{path} is no result of: python evaluate.py {command} --json ({e})") from e
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise BadInput(f"{path} is no result of: python evaluate.py {command} --json ({e!r})") from e
 
 
-def collect(results, run_name, command, data_set):
-    """The results of a run by seed: {seed: JSON object}, empty where there is none."""
-    paths = sorted(Path(results).glob(f"{run_name}/seed*/{command}-{data_set}.json")) if run_name else []
-    return {int(p.parent.name.removeprefix("seed")): load(p, command) for p in paths}
+def collect(table, results, data_set):
+    """The results of a table's runs on a data set, [{seed: JSON object}], one a row: those with its view. Raises
+    BadInput where two can't be compared."""
+    found, first = {"": {}}, None
+    for run in {row.run for row in table.rows} - {""}:
+        found[run] = {}
+        for folder in sorted(Path(results).glob(f"{run}/seed*")):
+            path = folder / f"{table.command}-{data_set}.json"
+            if re.fullmatch(r"seed\d+", folder.name) and path.exists():
+                r = load(path, table.command)
+                first = first or (path, r["protocol"])
+                check_comparable(path, r["protocol"], *first)
+                found[run][int(folder.name.removeprefix("seed"))] = r
+    return [{seed: r for seed, r in found[row.run].items() if row.view in r["results"]} for row in table.rows]
 
 
 def ours(found, view, metric):
@@ -159,12 +172,12 @@ def cells(table, results, data_sets):
     spent = Counter()
     for c in read_commands(results):
         spent[Path(c["out"]).parts[-3:]] += c["seconds"]  # below `results`, wherever that is now; interrupted ones too
+    of_row = [data_sets or row.values or ["ucf101"] for row in table.rows]
+    every = {name: collect(table, results, name) for names in of_row for name in names}
     lines = []
-    for row in table.rows:
-        for name in data_sets or row.values or ["ucf101"]:
-            paper = row.values.get(name)
-            found = {seed: r for seed, r in collect(results, row.run, table.command, name).items()
-                     if row.view in r["results"]}
+    for k, row in enumerate(table.rows):
+        for name in of_row[k]:
+            paper, found = row.values.get(name), every[name][k]
             line = [row.label, name, " / ".join(map(str, paper)) if paper else "–"]
             if not found:
                 lines.append((*line, "not run" if row.run else "not ours", "–", "–", "–", "–"))
@@ -234,20 +247,25 @@ def show_tables(args):
 
 def check_comparable(path, protocol, first_path, first):
     """Raise BadInput where two results differ in what their numbers depend on beside the network."""
-    differ = [f"{k} {protocol.get(k)} and {first.get(k)}" for k in SAME if protocol.get(k) != first.get(k)]
+    ours, theirs = ({"command": "retrieval", **p} for p in (protocol, first))
+    differ = [f"{k} {ours.get(k)} and {theirs.get(k)}" for k in SAME if ours.get(k) != theirs.get(k)]
     if differ:
         raise BadInput(f"{path} and {first_path} can't be compared: {', '.join(differ)}")
 
 
 def show_files(args):
-    """Print R@k of several results; ks that the smallest gallery does not allow are left out."""
+    """Print R@k of several results; ks that not all hold, as the smallest gallery does not allow them, are named."""
     results = {path: load(path) for path in args.files}
     first = next(iter(results.values()))["protocol"]
     for path, r in results.items():
         if "gallery" not in r["protocol"]:
             raise BadInput(f"{path} is no result of: python evaluate.py retrieval --json")
         check_comparable(path, r["protocol"], args.files[0], first)
-    ks = [k for k in args.k if all(f"R@{k}" in v for r in results.values() for v in r["results"].values())]
+    every = [v for r in results.values() for v in r["results"].values()]
+    ks = [k for k in args.k if all(f"R@{k}" in v for v in every)]
+    if not ks:
+        held = [k for k in every[0] if re.fullmatch(r"R@\d+", k)]
+        raise BadInput(f"--k {' '.join(map(str, args.k))}: {args.files[0]} holds {', '.join(held)}; give one of these")
     print(f"{first['dataset']}, split {first['split']}, protocol {first['protocol']}: {first['queries']} queries, "
           f"{first['gallery']} gallery videos, {first['classes']} classes; ± is the standard error")
     print(f"{'network':<14}{'view':<10}" + "".join(f"{f'R@{k}':>14}" for k in ks))
@@ -256,6 +274,8 @@ def show_files(args):
             print(f"{r['protocol']['method']:<14}{view:<10}"
                   + "".join(f"{v[f'R@{k}']:8.1f} ± {v[f'R@{k} standard error']:<3.1f}" for k in ks))
     print(f"{'chance':<24}" + "".join(f"{v[f'R@{k} chance']:8.1f}      " for k in ks))
+    if left := [f"R@{k}" for k in args.k if k not in ks]:
+        print(f"left out, as not all files hold it: {', '.join(left)}")
     return 0
 
 
@@ -277,16 +297,16 @@ def main(argv=None):
     c.add_argument("--sets", required=True, help="JSON file of the data sets")
     c.add_argument("--pretrain", default="ucf101", help="name of the set to pre-train on")
     c.add_argument("--on", nargs="+", default=["ucf101"], help="names of the sets to evaluate on")
-    c.add_argument("--seeds", type=int, nargs="+", default=[0])
-    c.add_argument("--num", type=int, default=1000, help="prototypes")
-    c.add_argument("--dim", type=int, default=128, help="of a prototype")
-    c.add_argument("--processes", type=int, default=1, help="of torchrun")
+    c.add_argument("--seeds", type=non_negative_int, nargs="+", default=[0])
+    c.add_argument("--num", type=positive_int, default=1000, help="prototypes")
+    c.add_argument("--dim", type=positive_int, default=128, help="of a prototype")
+    c.add_argument("--processes", type=positive_int, default=1, help="of torchrun")
     c.add_argument("--pretrain-flags", default="", help="for pretrain.py, in one string")
     c.add_argument("--evaluate-flags", default="", help="for evaluate.py, in one string")
     c.set_defaults(call=run)
     c = commands.add_parser("show", help="tables of the paper, or R@k of several result files")
     c.add_argument("files", nargs="*", help="results of: python evaluate.py retrieval --json FILE")
-    c.add_argument("--k", type=int, nargs="+", default=[1, 5], help="of result files")
+    c.add_argument("--k", type=positive_int, nargs="+", default=[1, 5], help="of result files")
     c.add_argument("--table", type=int, nargs="+", choices=TABLES)
     c.add_argument("--results", help="folder that `run` filled")
     c.add_argument("--on", nargs="+", help="data sets to show (default: the paper's)")

@@ -202,6 +202,9 @@ def test_results_of_other_queries_are_refused(tmp_path):
     result(tmp_path / "sep" / "seed0.json", 40, queries=5)
     with pytest.raises(BadInput, match="can't be compared: queries"):
         compare.main(["show", str(path)])
+    result(tmp_path / "sep" / "seed0.json", 40, recipe="vicc")
+    with pytest.raises(BadInput, match="can't be compared: recipe"):
+        compare.main(["show", str(path)])
     (tmp_path / "experiment.json").write_text("[")
     with pytest.raises(BadInput, match="no JSON file of an experiment"):
         compare.main(["show", str(path)])

@@ -27,7 +27,7 @@ def test_every_cell_of_the_paper_has_its_numbers():
     assert paper.TABLES[2].rows[9].run == paper.lambda_run(0.02, 0.03)  # the best cell is the paper's default
 
 
-def result(results, run, seed, r1, command="retrieval", on="ucf101", **more):
+def result(results, run, seed, r1, /, command="retrieval", on="ucf101", **more):
     path = results / run / f"seed{seed}" / f"{command}-{on}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     r = {"R@1": r1, "R@1 standard error": 0.8}
@@ -50,6 +50,26 @@ def test_a_cell_by_hand(tmp_path):
     assert lines["GOCA, flow", "ucf101"][1] == "not run"  # the view was not evaluated
     own = tables.cells(paper.TABLES[1], tmp_path, ["walkers"])
     assert {line[2] for line in own} == {"–"} and {line[3] for line in own} == {"not run"}
+
+
+def test_seeds_of_a_table_are_comparable_and_other_folders_none(tmp_path):
+    run = paper.lambda_run(0.02, 0.03)
+    result(tmp_path, run, 0, 59.0)
+    result(tmp_path, run, "0.old", 10)
+    out = json.loads(result(tmp_path, run, 1, 61.0).read_text())
+    assert [line[5] for line in tables.cells(paper.TABLES[2], tmp_path, None) if line[3] != "not run"] == ["0, 1"]
+    for other in (run, paper.lambda_run(0.01, 0.01)):  # of this cell, of another
+        result(tmp_path, other, 1, 61.0, protocol=out["protocol"] | {"protocol": "coclr"})
+        with pytest.raises(BadInput, match="can't be compared: protocol"):
+            tables.cells(paper.TABLES[2], tmp_path, None)
+        result(tmp_path, other, 1, 61.0)
+
+
+def test_notes_that_are_none(tmp_path):
+    for line in ('{"out": "x"}', "3", '{"out": 3, "command": [], "seconds": 1, "status": 0}', "{"):
+        (tmp_path / "commands.jsonl").write_text(line + "\n")
+        with pytest.raises(BadInput, match=r"commands.jsonl is damaged at line 1 .*; remove that line"):
+            tables.cells(paper.TABLES[2], tmp_path, None)
 
 
 def test_markdown_and_latex(tmp_path, capsys):
@@ -152,6 +172,7 @@ def test_picture_of_lambda(tmp_path, monkeypatch):
     for seed, r1 in enumerate((59, 61)):
         result(tmp_path, paper.lambda_run(0.02, 0.03), seed, r1)
     result(tmp_path, paper.lambda_run(0.04, 0.01), 0, 40)
+    result(tmp_path, paper.lambda_run(0.01, 0.01), 0, 40, results={"flow": {"R@1": 50.0}})
     out, save, drawn = str(tmp_path / "p.png"), figures.save, []
     monkeypatch.setattr(figures, "save", lambda figure, path: (drawn.extend(figure.axes), save(figure, path)))
     figures.main(["lambda", "--results", str(tmp_path), "--out", out])
@@ -182,7 +203,7 @@ def test_pictures_of_features_and_confusion(tmp_path):
         figures.main(["confusion", "--json", str(said), "--view", "flow", "--out", out])
 
 
-def test_picture_of_what_a_run_s_checkpoints_retrieve(tmp_path, monkeypatch):
+def test_picture_of_what_a_run_s_checkpoints_retrieve(tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, out: drawn.append(figure))
     draw = ["steps", "--run", str(tmp_path), "--out", str(tmp_path / "p.png")]
@@ -192,7 +213,7 @@ def test_picture_of_what_a_run_s_checkpoints_retrieve(tmp_path, monkeypatch):
     log = [{"command": [], "ln_n": 3.0, "videos": 8, "settings": dict.fromkeys(names) | of | {"method": "goca"}},
            {"step": 10, "epoch": 1, "loss": 3.0, "effective_rank_rgb": 1.5}]
     (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in log))
-    with pytest.raises(BadInput, match=r"holds no \*.json; evaluate its checkpoints"):
+    with pytest.raises(BadInput, match=r"holds no \*.json of retrieval; evaluate its checkpoints"):
         figures.main(draw)
     for name, step, found in (("late", 20, 60.0), ("early", 10, 12.0)):
         (tmp_path / f"{name}.json").write_text(json.dumps({
@@ -201,6 +222,17 @@ def test_picture_of_what_a_run_s_checkpoints_retrieve(tmp_path, monkeypatch):
     above, below = drawn[0].axes
     assert [tuple(map(float, p)) for p in above.lines[0].get_xydata()] == [(10, 12), (20, 60)]
     assert [tuple(map(float, p)) for p in below.lines[0].get_xydata()] == [(10, 1.5)]
+    (tmp_path / "probe.json").write_text(json.dumps({"protocol": {"method": "goca", "command": "linear"},
+                                                     "results": {"rgb": {"top-1": 60.0}}}))
+    log.append({**log[0], "step": 20, "settings": log[0]["settings"] | {"epochs": 40}})  # of pretrain.py --extend
+    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in log))
+    assert figures.main(draw) == 0
+    assert len(drawn[1].axes[0].lines[0].get_xydata()) == 2
+    assert f"left out: {tmp_path / 'probe.json'}, a result of evaluate.py linear" in capsys.readouterr().out
+    late = json.loads((tmp_path / "late.json").read_text())
+    (tmp_path / "late.json").write_text(json.dumps({**late, "protocol": {**late["protocol"], "protocol": "coclr"}}))
+    with pytest.raises(BadInput, match=r"late.json and .*early.json can't be compared: protocol"):
+        figures.main(draw)
     for method, seed in (("goca", 4), ("sep", 3)):
         (tmp_path / "late.json").write_text(json.dumps({"protocol": {"method": method, "step": 20, "pretraining": {
             **of, "seed": seed}}, "results": {"rgb": {"R@1": 60.0}}}))
@@ -240,6 +272,12 @@ def test_results_of_other_protocols_are_not_listed_together(tmp_path):
     """Nor what is no result of retrieval."""
     whole = {"protocol": "goca", "fusion": "average", "gallery": 2}
     files = [result(tmp_path, run, 0, 50) for run in ("a", "b", "c")]
+    for command, more in (("linear", {"epochs": 3}), ("linear", {"train": 9}), ("cluster", {"runs": 2})):
+        with pytest.raises(BadInput, match=f"can't be compared: {next(iter(more))}"):
+            tables.check_comparable("a", {"command": command, **more}, "b", {"command": command})
+    with pytest.raises(BadInput, match="can't be compared: command linear and retrieval"):
+        tables.check_comparable("a", {"command": "linear"}, "b", {})  # old results of retrieval name none
+    tables.check_comparable("a", {"method": "goca", "seed": 1, "arch": "s3d"}, "b", {"method": "untrained"})
     for file, more in zip(files, (whole, {**whole, "protocol": "coclr"}, {"protocol": "goca"}), strict=True):
         out = json.loads(file.read_text())
         file.write_text(json.dumps({**out, "protocol": out["protocol"] | more}))
