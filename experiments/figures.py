@@ -31,18 +31,33 @@ from experiments import method
 from experiments.paper import LAMBDA_GRID, LAMBDAS, TABLES
 from experiments.result_files import confusion_table, curve, load_retrieval, of_split, one_query_a_class, read_log
 from experiments.tables import check_comparable, collect, load, ours
-from support.cli import Subcommand, command_line, say
+from support.cli import Subcommand, command_line, non_negative_int, positive_int, say
 from support.errors import BadInput
 from support.features import view_matrix
 from support.files import atomic, check_writable, load_arrays
+from support.page import readable
 from support.videos import decode, film_length, frames_at
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.backend_bases import FigureCanvasBase
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; right and wrong have marks of their own too
 COLOURS = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#B8A900"
 RIGHT, WRONG = "#0072B2", "#D55E00"
+
+
+def check_picture(path):
+    """Before anything is drawn: raise BadInput if --out could not be written, or its suffix is of no picture."""
+    known = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix.lower().removeprefix(".") not in known:
+        raise BadInput(f"--out {path} has no suffix of a picture; end its name in one of .{', .'.join(sorted(known))}")
+    check_writable(path, "--out")
+
+
+def plain(name):
+    """A name, as of a class or a folder, that Matplotlib shows as it is: a $ begins no formula."""
+    return readable(name).replace("$", r"\$")
 
 
 def save(figure, path):
@@ -50,7 +65,7 @@ def save(figure, path):
     with atomic(path) as tmp:
         figure.savefig(tmp, dpi=150, bbox_inches="tight")
     plt.close(figure)
-    print(f"written: {path}")
+    say(f"written: {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,6 +78,8 @@ def prototypes(args):
     _, arrays = load_arrays(args.prototypes, "prototypes", "python prototypes.py --out FILE")
     fitted = arrays["prototypes"]
     n, d = fitted.shape
+    if n < 2:
+        raise BadInput(f"{args.prototypes} holds one prototype; the picture shows how far several lie from each other")
     random = np.random.default_rng(0).standard_normal((n, d))
     random /= np.linalg.norm(random, axis=1, keepdims=True)
     nearest = []
@@ -104,7 +121,7 @@ def training(args):
         log = read_log(run)
         if not log.steps:
             raise BadInput(f"{log.path} holds no step yet")
-        label = f"{Path(run).name} ({log.settings['method']})"
+        label = plain(f"{Path(run).name} ({log.settings['method']})")
         for axis, key in zip(axes.flat, CURVES, strict=True):
             if found := curve(log.steps, key):
                 axis.plot(*zip(*found, strict=True), label=label)
@@ -148,7 +165,7 @@ def steps(args):
                 above.plot(*zip(*sorted(points[view]), strict=True), color=colour, marker=mark, label=view)
             if found := curve(log.steps, f"effective_rank_{view}", "step"):
                 below.plot(*zip(*found, strict=True), color=colour, label=view)
-        above.set(title=f"{Path(run).name}: R@1 (%)", ylim=(0, 100))
+        above.set(title=f"{plain(Path(run).name)}: R@1 (%)", ylim=(0, 100))
         below.set(title="effective rank of the features", xlabel="step")
     axes[0, 0].legend()
     save(figure, args.out)
@@ -172,8 +189,8 @@ def tile(axis, video, classes, right=None):
     mark, colour = {None: ("", "black"), True: ("✓ ", RIGHT), False: ("✗ ", WRONG)}[right]
     axis.imshow(frame_of(video))
     axis.set(xticks=[], yticks=[])
-    name = classes[video["label"]]
-    axis.set_xlabel(mark + (name if len(name) < 16 else name[:14] + "…"), fontsize=8, color=colour, labelpad=3)
+    name = readable(classes[video["label"]])
+    axis.set_xlabel(mark + plain(name if len(name) < 16 else name[:14] + "…"), fontsize=8, color=colour, labelpad=3)
     for side in axis.spines.values():
         side.set(color=colour, linewidth=3, linestyle="--" if right is False else "-")
 
@@ -189,7 +206,9 @@ def retrieval(args):
         check_comparable(args.versus, r["protocol"], args.json, results[0]["protocol"])
     queries, classes = results[0]["queries"], results[0]["classes"]
     rows = one_query_a_class(queries, args.rows, args.seed)
-    k = min(args.neighbours, len(results[0]["neighbours"][args.view][0]))
+    k = min(args.neighbours, *(len(r["neighbours"][args.view][0]) for r in results))
+    if k < args.neighbours:
+        say(f"--neighbours {args.neighbours}: the results keep {k} of each query, which are drawn")
     columns = 1 + len(results) * (k + 1)
     figure, axes = plt.subplots(len(rows), columns, figsize=(1.15 * columns, 1.35 * len(rows)), squeeze=False,
                                 gridspec_kw={"width_ratios": [1] + ([0.25] + [1] * k) * len(results)})
@@ -231,7 +250,7 @@ def lambdas(args):
     seeds = f"{max(counts)} seed{'s' if max(counts) > 1 else ''}{' at most' if len(counts) > 1 else ''}"
     for axis, values, deviations, title in (
             (axes[0], np.array(LAMBDA_GRID), np.full(size, np.nan), "paper: UCF101, RGB, 200 epochs"),
-            (axes[1], grid, spread, f"ours: {args.on}, RGB, {seeds}")):
+            (axes[1], grid, spread, f"ours: {plain(args.on)}, RGB, {seeds}")):
         colours = matplotlib.colormaps["cividis"].with_extremes(bad="0.85")
         image = axis.imshow(values, cmap=colours)
         middle = (np.nanmin(values) + np.nanmax(values)) / 2
@@ -268,14 +287,18 @@ def features(args):
             raise BadInput(f"{file} holds {own.sum()} videos, too few for a map")
         if lacking := set(args.view.split("+")) - arrays.keys():
             raise BadInput(f"{file} holds no features of {lacking.pop()}")
+        for view in args.view.split("+"):
+            if np.ptp(arrays[view][own], axis=0).max() <= 1e-6 * np.abs(arrays[view][own]).max():  # but for rounding
+                raise BadInput(f"{file}: the features of {view} are the same for all {own.sum()} videos; there is no "
+                               f"map of a network that has collapsed")
         values = {v: torch.from_numpy(arrays[v]) for v in args.view.split("+")}
         x = view_matrix(values, args.view, "coclr", "average").numpy()[own]
         at = TSNE(init="pca", perplexity=min(30, (len(x) - 1) / 3), random_state=0).fit_transform(x)
         for i, c in enumerate(sorted(shown)):
             axis.scatter(*at[labels[own] == c].T, s=26, color=COLOURS[i % 8], marker="os^DvPX"[i % 7], linewidths=0,
-                         label=header["classes"][c])  # 56 pairs of colour and shape
+                         label=plain(header["classes"][c]))  # 56 pairs of colour and shape
         run = "/".join(Path(file).absolute().parts[-4:-2])
-        axis.set(title=f"{run}: {args.view}, {own.sum()} videos (t-SNE)", xticks=[], yticks=[])
+        axis.set(title=f"{plain(run)}: {args.view}, {own.sum()} videos (t-SNE)", xticks=[], yticks=[])
     axes.flat[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     figure.tight_layout()
     save(figure, args.out)
@@ -293,7 +316,7 @@ def confusion(args):
         if table is None:
             raise BadInput(f"{file} has no single videos of view {args.view}: it takes the result of retrieval, "
                            f"linear or finetune")
-        names = out["classes"]
+        names = [plain(name) for name in out["classes"]]
         share = 100 * table / np.maximum(1, table.sum(1, keepdims=True))
         image = axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
         if len(names) <= 20:
@@ -330,9 +353,9 @@ def main(argv=None):
     c.add_argument("--json", required=True, help="result of evaluate.py retrieval")
     c.add_argument("--versus", help="another network's result on the same queries")
     c.add_argument("--view", default="rgb", choices=("rgb", "flow", "rgb+flow"))
-    c.add_argument("--rows", type=int, default=10, help="queries, one a class")
-    c.add_argument("--neighbours", type=int, default=5, help="of each query")
-    c.add_argument("--seed", type=int, default=0, help="of the choice of queries")
+    c.add_argument("--rows", type=positive_int, default=10, help="queries, one a class")
+    c.add_argument("--neighbours", type=positive_int, default=5, help="of each query")
+    c.add_argument("--seed", type=non_negative_int, default=0, help="of the choice of queries")
     c.set_defaults(draw=retrieval)
     c = commands.add_parser("lambda", help="Table 2 as heat maps")
     c.add_argument("--results", required=True, help="folder that experiments.tables run filled")
@@ -342,7 +365,7 @@ def main(argv=None):
     c.add_argument("--features", required=True, help="file that evaluate.py features wrote")
     c.add_argument("--versus", help="another such file")
     c.add_argument("--view", default="rgb", choices=("rgb", "flow", "rgb+flow"))
-    c.add_argument("--classes", type=int, default=10, help="those with most videos")
+    c.add_argument("--classes", type=positive_int, default=10, help="those with most videos")
     c.set_defaults(draw=features)
     c = commands.add_parser("confusion", help="confusion matrix")
     c.add_argument("--json", required=True, help="result of evaluate.py retrieval, linear or finetune")
@@ -356,7 +379,7 @@ def main(argv=None):
     for c in commands.choices.values():
         c.add_argument("--out", required=True, help="picture to write")
     args = p.parse_args(argv)
-    check_writable(args.out, "--out")
+    check_picture(args.out)
     args.draw(args)
     return 0
 

@@ -10,7 +10,7 @@ from experiments.report.results import confusion_section, of_another_run, read_r
 from experiments.report.training import charts, facts, state
 from experiments.result_files import read_log
 from support.cli import say
-from support.files import check_writable
+from support.files import check_folder, check_writable
 from support.page import Section, write_page
 
 RELOAD_S = 60  # between two reloads of a page, where --watch says nothing else
@@ -29,7 +29,7 @@ def read_parts(s, settings):
     """Read results, films, flow and prototypes. Raises BadInput where a result is none, or of something else."""
     results = read_results(s.json, s.split, settings)
     films, folder = Films(settings.get("videos")), Path(s.out) / "previews"
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder, "--out")
     queries, asked = queries_section(results, films)
     flow, no_flow = flow_section(settings, asked, films, folder)
     prototypes, no_prototypes = prototypes_section(settings["prototypes"])

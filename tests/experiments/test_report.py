@@ -342,6 +342,9 @@ def test_an_output_that_can_t_be_written(run, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(BadInput, match=r"--out .* can't be written"):
         main([str(run.folder), "--out", str(tmp_path / "file" / "page")])
+    (tmp_path / "previews").touch()
+    with pytest.raises(BadInput, match=r"--out .*previews is a file; give a folder"):
+        main([str(run.folder), "--out", str(tmp_path)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

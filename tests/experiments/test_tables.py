@@ -195,8 +195,12 @@ def test_pictures_of_features_and_confusion(tmp_path):
     save_arrays(tmp_path / "f.npz", "features", {"classes": list("abcd")}, labels=labels, rgb=values["rgb"])
     with pytest.raises(BadInput, match=r"f.npz holds no features of flow"):
         figures.main(["features", "--features", str(tmp_path / "f.npz"), "--view", "rgb+flow", "--out", out])
-    said = result(tmp_path, "x", 0, 50, classes=["a", "b"], queries=[{"path": "", "label": i} for i in (0, 1, 1)],
-                  predictions={"rgb": [0, 1, 0]})
+    save_arrays(tmp_path / "f.npz", "features", {"classes": list("abcd")}, labels=labels,
+                rgb=np.float32(0.3) + np.float32(1e-8) * values["rgb"])
+    with pytest.raises(BadInput, match=r"the features of rgb are the same for all 40 videos"):
+        figures.main(["features", "--features", str(tmp_path / "f.npz"), "--out", out])
+    said = result(tmp_path, "x", 0, 50, classes=["a$_{$", "caf\udce9"], predictions={"rgb": [0, 1, 0]},
+                  queries=[{"path": "", "label": i} for i in (0, 1, 1)])
     figures.main(["confusion", "--json", str(said), "--out", out])
     picture(out)
     with pytest.raises(BadInput, match="no single videos of view flow"):
@@ -240,7 +244,7 @@ def test_picture_of_what_a_run_s_checkpoints_retrieve(tmp_path, monkeypatch, cap
             figures.main(draw)
 
 
-def test_pictures_of_one_split_of_several(tmp_path, monkeypatch):
+def test_pictures_of_one_split_of_several(tmp_path, monkeypatch, capsys):
     """As evaluate.py writes it: results are means, single videos lie under their split."""
     drawn = []
     monkeypatch.setattr(figures, "tile", lambda axis, video, classes, right=None: drawn.append(video["path"]))
@@ -259,6 +263,7 @@ def test_pictures_of_one_split_of_several(tmp_path, monkeypatch):
             picture(out)
         assert {path[0] for path in drawn} == {split}
         drawn.clear()
+    assert "--neighbours 5: the results keep 2 of each query, which are drawn" in capsys.readouterr().out
     with pytest.raises(BadInput, match="holds no split 1; it holds 2, 3"):
         figures.main(["confusion", "--json", str(file), "--split", "1", "--out", out])
     other = json.loads(file.read_text())
@@ -284,6 +289,46 @@ def test_results_of_other_protocols_are_not_listed_together(tmp_path):
     for other, words in (files[1], "can't be compared: protocol coclr and goca"), (files[2], "is no result of"):
         with pytest.raises(BadInput, match=words):
             tables.main(["show", str(files[0]), str(other)])
+
+
+def test_ks_that_results_do_not_hold_are_named(tmp_path, capsys):
+    protocol = {"method": "goca", "fusion": "average", "gallery": 2, "queries": 2, "classes": 2, "split": 1,
+                "dataset": "ucf101", "protocol": "goca"}
+    numbers = {"R@1": 50.0, "R@1 standard error": 1.0, "R@1 chance": 20.0}
+    file = str(result(tmp_path, "a", 0, 50, protocol=protocol, results={"rgb": numbers}))
+    assert tables.main(["show", file, "--k", "1", "3"]) == 0
+    assert "left out, as not all files hold it: R@3" in capsys.readouterr().out
+    with pytest.raises(BadInput, match=r"--k 3: .*json holds R@1; give one of these"):
+        tables.main(["show", file, "--k", "3"])
+    for none in ([], {"rgb": 5}):
+        with pytest.raises(BadInput, match=r"is no result of: python evaluate.py retrieval"):
+            tables.main(["show", str(result(tmp_path, "a", 0, 50, results=none))])
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--rows", "0"), ("--neighbours", "-1"), ("--seed", "-1")])
+def test_numbers_that_are_none(capsys, flag, value):
+    with pytest.raises(SystemExit, match="2"):
+        figures.main(["retrieval", "--json", "r.json", "--out", "p.png", flag, value])
+    assert f"argument {flag}: {value} must be a whole number" in capsys.readouterr().err
+
+
+def test_names_of_pictures_and_what_has_none(tmp_path):
+    for out in ("figure", "x.xyz", ".png"):
+        with pytest.raises(BadInput, match="has no suffix of a picture; end its name in one of"):
+            figures.main(["method", "--out", str(tmp_path / out)])
+    save_arrays(tmp_path / "p.npz", "prototypes", {}, prototypes=np.eye(1, 4))
+    with pytest.raises(BadInput, match="holds one prototype"):
+        figures.main(["prototypes", "--prototypes", str(tmp_path / "p.npz"), "--out", str(tmp_path / "x.PNG")])
+    assert [p.name for p in tmp_path.iterdir()] == ["p.npz"]
+
+
+def test_a_video_s_class_is_shown_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "frame_of", lambda video: np.zeros((4, 4, 3), np.uint8))
+    figure, (one, two) = figures.plt.subplots(2)
+    for axis, name in ((one, "a$_{$"), (two, "caf\udce9")):
+        figures.tile(axis, {"label": 0}, [name])
+    figures.save(figure, tmp_path / "p.svg")
+    assert two.get_xlabel() == r"caf\udce9"
 
 
 def test_what_is_noted_has_no_path_of_this_machine(tmp_path, capsys):
