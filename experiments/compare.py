@@ -27,6 +27,7 @@ began to learn.
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -38,10 +39,11 @@ from scipy.stats import ttest_rel
 
 from experiments.driver import Driver
 from experiments.paper import TABLES
+from experiments.result_files import curve, read_log
 from experiments.tables import check_comparable, load
 from support.cli import Subcommand, command_line
 from support.errors import BadInput
-from support.files import check_folder, check_writable
+from support.files import check_folder
 
 VIEWS = ("rgb", "flow", "rgb+flow")
 NEEDED = {"set": dict, "prototypes": str, "processes": int, "flags": str, "settings": dict, "seeds": list,
@@ -78,6 +80,7 @@ def read_experiment(path, settings=None, versus=None):
             raise BadInput(f"{path}: downstream knows {', '.join(METRICS)}, each with flags (text), settings and seeds "
                            f"(lists); not {json.dumps({command: its})}")
         named[f"downstream {command}"] = its.get("settings", [])
+    check_values(path, x)
     for where, names in named.items():
         for name in (n for n in names if n not in x.rows):
             raise BadInput(f"{path}: {where} {name} is none of its settings ({', '.join(x.rows)})")
@@ -85,6 +88,27 @@ def read_experiment(path, settings=None, versus=None):
     if lacking := set(versus or ()) - set(x.rows):
         raise BadInput(f"--versus {lacking.pop()} is not among --settings {' '.join(x.rows)}")
     return x
+
+
+def check_values(path, x):
+    """Raise BadInput where names of settings can't be those of folders, seeds are none, or flags are no words."""
+    wrong = [f"settings {name!r} can't be the name of a folder" for name in x.settings
+             if name in (".", "..") or not re.fullmatch(r"[^/\0]+", name)]
+    if x.untrained and "untrained" in x.settings:
+        wrong.append("settings untrained has the name of the row that the field untrained makes")
+    flags = {"flags": x.flags, "evaluate": x.evaluate, "untrained": x.untrained,
+             **{f"settings {name}": words for name, words in x.settings.items()},
+             **{f"downstream {command}": its.get("flags", "") for command, its in x.downstream.items()}}
+    for where, words in flags.items():
+        try:
+            shlex.split(words)
+        except ValueError as e:
+            wrong.append(f"{where} can't be split into words ({e})")
+    seeds = [*x.seeds, *(seed for its in x.downstream.values() for seed in its.get("seeds", ()))]
+    wrong += [f"seeds must be whole numbers of at least 0, not {json.dumps(s)}" for s in seeds
+              if type(s) is not int or s < 0]
+    if wrong:
+        raise BadInput(f"{path}: {'; '.join(wrong)}; see experiments/compare.py")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,10 +190,10 @@ def columns_of(found):
                    for name, seeds in found.items()}
 
 
-def logged(path, key):
-    """A number of a log over its steps -> ([step, ...], [number, ...])."""
-    steps = [line for line in map(json.loads, path.read_text().splitlines()) if key in line]
-    return [line["step"] for line in steps], [line[key] for line in steps]
+def logs_of(x, name):
+    """The logs of a row by seed, {seed: file}: of the experiment's seeds, those of runs that failed too."""
+    every = {seed: x.folder / name / f"seed{seed}.jsonl" for seed in x.seeds}
+    return {seed: path for seed, path in every.items() if path.exists()}
 
 
 def paired(ours, theirs):
@@ -233,13 +257,15 @@ def retrieval_tables(x, learned):
     levels = [("R@1", "seeds", *views, *(f"{v} > {learned:g}" for v in views))]
     ends = [("at the end, by the log", *AT_THE_END)]
     for name, columns in by_view.items():
-        logs, n = sorted((x.folder / name).glob("seed*.jsonl")), len(found[name])
-        failed = f", {len(logs) - n} without a result" if len(logs) > n else ""
+        logs, n = logs_of(x, name), len(found[name])
+        lacking = len(logs.keys() - found[name].keys())
+        failed = f", {lacking} without a result" if lacking else ""
         above = [f"{sum(r > learned for r in c.values())} of {len(c)}" for c in columns]
         levels.append((name, f"{n}{failed}", *(mean_and_deviation(c.values()) for c in columns), *above))
-        last = [[factor * found[-1] for found in (logged(log, key)[1] for log in logs) if found]
+        whole = [read_log(log).steps for seed, log in logs.items() if seed in found[name]]  # what failed has no end
+        last = [[factor * points[-1][1] for points in (curve(steps, key) for steps in whole) if points]
                 for key, factor in AT_THE_END.values()]
-        if logs:
+        if whole:
             ends.append((name, *map(mean_and_deviation, last)))
     return [levels, ends, *differences(x, found)]
 
@@ -264,11 +290,13 @@ def show(args):
 def draw(args):
     from matplotlib import pyplot as plt  # here: its import takes longer than `show`
 
-    from experiments.figures import COLOURS, save
+    from experiments.figures import COLOURS, check_picture, plain, save
 
-    check_writable(args.out, "--out")
+    check_picture(args.out)
     x = read_experiment(args.experiment, args.settings)
     found = collect(x)
+    if not any(found.values()):
+        raise BadInput(f"{args.experiment} has no result to draw; make some with: python -m experiments.compare run")
     views, _ = columns_of(found)
     figure, axes = plt.subplots(1, 3, figsize=(8.8, 3.2), layout="constrained", width_ratios=(1.4, 1, 1))
     width = min(0.22, 0.8 / len(found))
@@ -281,11 +309,13 @@ def draw(args):
                 error = statistics.stdev(values) / len(values) ** 0.5
                 axes[0].errorbar(place + width / 3, statistics.mean(values), error, fmt="os"[k % 2], color=colour,
                                  capsize=3)
-        axes[0].scatter([], [], color=colour, marker="os"[k % 2], label=f"{name}, {len(seeds)} seeds")
+        axes[0].scatter([], [], color=colour, marker="os"[k % 2], label=plain(f"{name}, {len(seeds)} seeds"))
+        logs = [read_log(log) for seed, log in logs_of(x, name).items() if seed in seeds]
         for axis, view in zip(axes[1:], VIEWS, strict=False):
-            for path in sorted((x.folder / name).glob("seed*.jsonl")):
-                axis.plot(*logged(path, f"effective_rank_{view}"), color=colour, alpha=0.6,
-                          linestyle=("-", "--")[k % 2], linewidth=1)
+            for log in logs:
+                if points := curve(log.steps, f"effective_rank_{view}", "step"):
+                    axis.plot(*zip(*points, strict=True), color=colour, alpha=0.6, linestyle=("-", "--")[k % 2],
+                              linewidth=1)
     for axis, view in zip(axes[1:], VIEWS, strict=False):
         axis.set(title=f"effective rank of {view}", xlabel="step")
         axis.set_ylim(bottom=1)  # after the last curve: it keeps the top where it is

@@ -9,7 +9,7 @@ import pytest
 from helpers.paths import ROOT
 from scipy.stats import t as student
 
-from experiments import compare, driver, figures
+from experiments import compare, driver, figures, result_files
 from support.errors import BadInput
 
 
@@ -22,21 +22,29 @@ def experiment(folder, **changes):
     return path
 
 
+START = {"command": [], "ln_n": 1.0, "videos": 2, "settings": dict.fromkeys(result_files.SETTINGS, 1)}
+
+
+def log(path, *steps, end=""):
+    """The log of a run with these numbers at its steps."""
+    lines = [START, *({"step": k, "epoch": k, "loss": 1, **numbers} for k, numbers in enumerate(steps, 1))]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines) + end)
+
+
 def result(path, rgb, metric="R@1", **protocol):
     path.parent.mkdir(parents=True, exist_ok=True)
     both = {"protocol": {"method": "goca", "queries": 4, **protocol}, "results": {"rgb": {metric: rgb}}}
     path.write_text(json.dumps(both))
     if metric == "R@1":
-        path.with_suffix(".jsonl").write_text("{}\n")
+        log(path.with_suffix(".jsonl"))
 
 
 def test_means_deviations_and_the_paired_test_by_hand(tmp_path, capsys):
     path = experiment(tmp_path)
     for seed, (sep, goca) in enumerate([(10, 40), (12, 20), (8, 50), (14, 34)]):
         result(tmp_path / "sep" / f"seed{seed}.json", sep)
-        log = [{"step": 1, "effective_rank_rgb": 9, "views_agree": 0.5},
-               {"step": 2, "effective_rank_rgb": (1, 2, 2, 3)[seed], "views_agree": 0.25}, {"end": 1}]
-        (tmp_path / "sep" / f"seed{seed}.jsonl").write_text("\n".join(map(json.dumps, log)))
+        log(tmp_path / "sep" / f"seed{seed}.jsonl", {"effective_rank_rgb": 9, "views_agree": 0.5},
+            {"effective_rank_rgb": (1, 2, 2, 3)[seed], "views_agree": 0.25})
         result(tmp_path / "goca" / f"seed{seed}.json", goca)
     (tmp_path / "goca" / "seed3.json").unlink()  # a run that failed: its log is there
     assert compare.main(["show", str(path)]) == 0
@@ -57,8 +65,8 @@ def test_the_picture_shows_every_seed_and_when_a_view_began_to_learn(tmp_path, m
     for name in ("sep", "goca"):
         for seed in range(3):
             result(tmp_path / name / f"seed{seed}.json", 10 + seed)
-            steps = [{"step": k, "effective_rank_rgb": 1 + k + seed, "effective_rank_flow": 2} for k in (1, 2)]
-            (tmp_path / name / f"seed{seed}.jsonl").write_text("\n".join(map(json.dumps, [{"settings": {}}, *steps])))
+            log(tmp_path / name / f"seed{seed}.jsonl",
+                *({"effective_rank_rgb": 1 + k + seed, "effective_rank_flow": 2} for k in (1, 2)))
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, out: drawn.append((figure, out)))
     assert compare.main(["draw", str(path), "--out", "seeds.png"]) == 0
@@ -69,6 +77,31 @@ def test_the_picture_shows_every_seed_and_when_a_view_began_to_learn(tmp_path, m
     assert [line.get_ydata().tolist() for line in rgb.lines] == [[2, 3], [3, 4], [4, 5]] * 2
     assert rgb.get_ylim()[0] == 1 and rgb.get_ylim()[1] >= 5  # no curve is cut
     assert [line.get_ydata().tolist() for line in flow.lines] == [[2, 2]] * 6
+
+
+def test_only_the_experiment_s_seeds_count_and_what_failed_has_no_end(tmp_path, capsys, monkeypatch):
+    """Beside it lie results of other seeds, and the log of a run that was killed within a line."""
+    path = experiment(tmp_path, seeds=[0, 1], settings={"sep": "", "a$_{$": ""})
+    for name in ("sep", "a$_{$"):
+        for seed in range(4):
+            result(tmp_path / name / f"seed{seed}.json", 10 + seed)
+            log(tmp_path / name / f"seed{seed}.jsonl", {"effective_rank_rgb": 2 + seed, "effective_rank_flow": 2},
+                end='{"step": 2, "lo')
+    (tmp_path / "sep" / "seed1.json").unlink()
+    assert compare.main(["show", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "| sep | 1, 1 without a result | 10.0 |" in out and "| sep | 2.0 | 2.0 | – |" in out
+    assert "| a$_{$ | 2 | 10.5 ± 0.7 |" in out and "| a$_{$ | 2.5 ± 0.7 | 2.0 ± 0.0 | – |" in out
+    drawn, save = [], figures.save
+    monkeypatch.setattr(figures, "save", lambda figure, out: (drawn.append(figure), save(figure, out)))
+    assert compare.main(["draw", str(path), "--out", str(tmp_path / "seeds.svg")]) == 0
+    assert [line.get_ydata().tolist() for line in drawn[0].axes[1].lines] == [[2], [2], [3]]
+    for out, words in (("figure", "has no suffix of a picture"), ("x.xyz", "end its name in one of ")):
+        with pytest.raises(BadInput, match=words):
+            compare.main(["draw", str(path), "--out", str(tmp_path / out)])
+    with pytest.raises(BadInput, match="has no result to draw"):
+        compare.main(["draw", str(experiment(tmp_path, seeds=[5])), "--out", str(tmp_path / "x.png")])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a$_{$", "experiment.json", "seeds.svg", "sep"]
 
 
 def test_rows_are_chosen_and_compared_with_any_other(tmp_path, capsys):
@@ -179,7 +212,14 @@ def test_all_runs_are_made_once_and_their_logs_kept(tiny, tmp_path, forked, monk
     ({"downstream": {"linear": {"flag": ""}}}, r"each with flags \(text\), settings and seeds \(lists\); not"),
     ({"downstream": {"linear": {"seeds": 1}}}, 'not {"linear": {"seeds": 1}}'),
     ({"settings": {"sep": None}}, "settings of sep must be str"), ({"set": {"split": 2}}, "set of split must be str"),
-    ({"downstream": {"linear": {"settings": ["avg"]}}}, "downstream linear avg is none of its settings")])
+    ({"downstream": {"linear": {"settings": ["avg"]}}}, "downstream linear avg is none of its settings"),
+    ({"settings": {"sep": "", "lr/1": "", "..": ""}}, "'lr/1' can't be the name of a folder; settings '..' can't"),
+    ({"settings": {"sep": "", "untrained": ""}, "untrained": "--size 16"}, "has the name of the row that the field"),
+    ({"flags": "--out 'a"}, r"flags can't be split into words \(No closing quotation\)"),
+    ({"settings": {"sep": "'"}, "downstream": {"linear": {"flags": '"'}}},
+     "settings sep can't be split.*; downstream linear can't be split"),
+    ({"seeds": [{"a": 1}, 0, None]}, 'not {"a": 1}; seeds must be whole numbers of at least 0, not null'),
+    ({"downstream": {"linear": {"seeds": [-1, True]}}}, "at least 0, not -1; seeds .*, not true")])
 def test_what_an_experiment_lacks_is_named(tmp_path, changes, words):
     with pytest.raises(BadInput, match=words):
         compare.main(["show", str(experiment(tmp_path, **changes))])
