@@ -31,7 +31,7 @@ from experiments import method
 from experiments.paper import LAMBDA_GRID, LAMBDAS, TABLES
 from experiments.result_files import confusion_table, curve, load_retrieval, of_split, one_query_a_class, read_log
 from experiments.tables import check_comparable, collect, load, ours
-from support.cli import Subcommand, command_line, non_negative_int, positive_int, say
+from support.cli import Subcommand, command_line, positive_int, random_seed, say
 from support.errors import BadInput
 from support.features import view_matrix
 from support.files import atomic, check_writable, load_arrays
@@ -355,7 +355,7 @@ def main(argv=None):
     c.add_argument("--view", default="rgb", choices=("rgb", "flow", "rgb+flow"))
     c.add_argument("--rows", type=positive_int, default=10, help="queries, one a class")
     c.add_argument("--neighbours", type=positive_int, default=5, help="of each query")
-    c.add_argument("--seed", type=non_negative_int, default=0, help="of the choice of queries")
+    c.add_argument("--seed", type=random_seed, default=0, help="of the choice of queries")
     c.set_defaults(draw=retrieval)
     c = commands.add_parser("lambda", help="Table 2 as heat maps")
     c.add_argument("--results", required=True, help="folder that experiments.tables run filled")

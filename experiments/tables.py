@@ -30,7 +30,7 @@ import numpy as np
 import model
 from experiments.driver import Driver, read_commands
 from experiments.paper import LAMBDAS, TABLES, lambda_run
-from support.cli import Subcommand, command_line, non_negative_int, positive_int
+from support.cli import Subcommand, command_line, positive_int, random_seed
 from support.errors import BadInput
 from support.files import atomic, check_folder, check_writable, save_arrays
 
@@ -48,10 +48,18 @@ def run_flags(run):
     grid = {lambda_run(a, b): ["--lambda1", str(a), "--lambda2", str(b)] for a in LAMBDAS for b in LAMBDAS}
     if run in grid:  # 200 epochs: section 4.1
         return ["--epochs", "200"], ["--method", "goca", *grid[run]]
+    if run == "sview-trained-prototypes":  # a row of RGB; trained prototypes are of one network
+        return [], ["--method", "sview", "--views", "rgb", "--train-prototypes"]
     special = {"prior-sign-minus": ["--prior-sign", "-1"], "r2plus1d18": ["--arch", "r2plus1d18"],
                "trained-prototypes": ["--train-prototypes"]}
     method, _, variant = run.partition("-")
     return (["--size", "112"] if variant == "r2plus1d18" else []), ["--method", method, *special.get(variant, [])]
+
+
+def evaluate_flags(run, command):
+    """The flags of evaluate.py that a run's name and a command ask for: section 4 has 16 frames where R(2+1)D is probed
+    and fine-tuned, and the 32 of pre-training else."""
+    return ["--frames", "16"] if "r2plus1d18" in run and command in ("linear", "finetune") else []
 
 
 def read_sets(path):
@@ -109,13 +117,12 @@ def run(args):
                               *defaults, *user, *fixed, "--seed", str(seed)], folder / "checkpoint.pt",
                              folder / "pretrain.log", args.processes)
             for command in sorted(commands) if trained else ():
-                frames = ["--frames", "16"] if "r2plus1d18" in name else []  # downstream, section 4
                 for on in args.on:
                     out = folder / f"{command}-{on}.json"
                     keep = ["--out", str(folder / f"{command}-{on}")] if command == "finetune" else []
                     driver(["evaluate.py", command, "--checkpoint", str(folder), *sets[on], "--json", str(out), *keep,
-                            *frames, *shlex.split(args.evaluate_flags)], out, folder / f"{command}-{on}.log",
-                           args.processes)
+                            *evaluate_flags(name, command), *shlex.split(args.evaluate_flags)], out,
+                           folder / f"{command}-{on}.log", args.processes)
     for log in driver.failed:
         print(f"failed: {log}")
     return 1 if driver.failed else 0
@@ -297,7 +304,7 @@ def main(argv=None):
     c.add_argument("--sets", required=True, help="JSON file of the data sets")
     c.add_argument("--pretrain", default="ucf101", help="name of the set to pre-train on")
     c.add_argument("--on", nargs="+", default=["ucf101"], help="names of the sets to evaluate on")
-    c.add_argument("--seeds", type=non_negative_int, nargs="+", default=[0])
+    c.add_argument("--seeds", type=random_seed, nargs="+", default=[0])
     c.add_argument("--num", type=positive_int, default=1000, help="prototypes")
     c.add_argument("--dim", type=positive_int, default=128, help="of a prototype")
     c.add_argument("--processes", type=positive_int, default=1, help="of torchrun")

@@ -140,6 +140,10 @@ def test_flags_of_the_runs():
     assert tables.run_flags("goca-prior-sign-minus")[1] == ["--method", "goca", "--prior-sign", "-1"]
     assert tables.run_flags(paper.lambda_run(0.03, 0.01)) == (["--epochs", "200"], [
         "--method", "goca", "--lambda1", "0.03", "--lambda2", "0.01"])
+    assert tables.run_flags("sview-trained-prototypes") == (
+        [], ["--method", "sview", "--views", "rgb", "--train-prototypes"])
+    assert [tables.evaluate_flags(run, command) for run in ("goca", "goca-r2plus1d18") for command in (
+        "retrieval", "cluster", "linear", "finetune")] == [[]] * 6 + [["--frames", "16"]] * 2
     assert tables.run_flags("goca-r2plus1d18") == (["--size", "112"], ["--method", "goca", "--arch", "r2plus1d18"])
 
 
