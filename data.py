@@ -50,6 +50,11 @@ def bytes_of_pixel(views):
 SCALES = {"s3d": (136 / 128, 190 / 128), "r2plus1d18": (128 / 112, 160 / 112)}
 
 
+def default_scale(arch):
+    """The range of --scale: a backbone of one's own takes that of R(2+1)D-18."""
+    return SCALES.get(arch, SCALES["r2plus1d18"])
+
+
 class TrainClips(Clips):
     """A video's training crops: `n_long` clips of `frames` and `n_short` of `short_frames`, of both views.
 

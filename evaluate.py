@@ -77,7 +77,7 @@ def labelled_videos(env, split, subset):
     videos = [v for v in found.videos if v.label >= 0]
     if not videos:
         cure = (f"give each path in --splits {s.splits} its label" if s.dataset == "list" else
-                "put each class in a folder of its own")
+                "put each class in a folder of its own, below train/ and test/")
         raise BadInput(f"{found_in(env)} has no labels, which {s.command} needs: {cure}")
     bare = [f"{v.name}: there, but of no class" for v in found.videos if v.label < 0]
     return found._replace(videos=videos, unused=(*found.unused, *bare))
@@ -244,7 +244,7 @@ def on_clips(env, split):
     if "flow" in env.net.backbones:
         train = with_flow(train, env.store, s)
     check_classes(*(torch.tensor([v.label for v in f.videos]) for f in (train, test)), train.classes)
-    scale = s.scale or data.SCALES[env.settings["arch"]]
+    scale = s.scale or data.default_scale(env.settings["arch"])
     settings = {k: env.settings[k] for k in NETWORK} | {"scale": list(scale)}
     faults = {}
 

@@ -312,12 +312,15 @@ def arguments(argv=None):
     if why := model.too_small(s.arch, min(s.frames, s.short_frames) if s.short_crops else s.frames, s.size):
         raise BadInput(f"{why}: raise --frames, --short-frames or --size, or take --arch r2plus1d18")
     if s.scale is None:
-        s.scale = list(data.SCALES[s.arch])
+        s.scale = list(data.default_scale(s.arch))
     if not 1 <= s.scale[0] <= s.scale[1]:
         raise BadInput(f"--scale {s.scale[0]} {s.scale[1]}: must be 1 <= LOW <= HIGH")
     notes = list(without_effect(s, p))
     if s.lead_epochs is None:
         s.lead_epochs = default_lead_epochs(s.lead, s.epochs)
+    if s.short_crops and s.short_frames > s.frames:
+        notes.append(f"--short-frames {s.short_frames} is more than --frames {s.frames}: short crops are the "
+                     f"longer ones")
     if s.warmup_epochs > s.epochs // 2:
         notes.append(f"--warmup-epochs {s.warmup_epochs} is cut to {s.epochs // 2}, half of --epochs {s.epochs}")
         s.warmup_epochs = s.epochs // 2

@@ -291,8 +291,8 @@ def main(argv=None):
     """The command -> exit status 0. Raises BadInput."""
     p = argparse.ArgumentParser(prog="prototypes.py", description="Prototypes as far apart as they go (Eq. 11).",
                                 formatter_class=Help)
-    p.add_argument("--num", type=int, default=1000, help="prototypes, N (default 1000, the paper's)")
-    p.add_argument("--dim", type=int, default=128, help="their dimension (default 128, the paper's)")
+    p.add_argument("--num", type=int, default=1000, help="prototypes, N (default 1000, as in the paper's Fig. 3)")
+    p.add_argument("--dim", type=int, default=128, help="their dimension (default 128; the paper names none)")
     p.add_argument("--seed", type=random_seed, default=0, help="of the start and of rotations (default 0)")
     p.add_argument("--out", type=Path, required=True, help="file to write, such as prototypes.npz")
     p.add_argument("--steps", type=int, help="steps a temperature (default 150, fewer beyond 1000 x 128)")

@@ -91,10 +91,12 @@ def save_collection(path, collection):
 def check_header(path, header, wanted, cure):
     """Raise BadInput where an index is of other weights or settings than `wanted`, a header."""
     differing = [k for k in SAME if header.get(k) != wanted.get(k)]
+    if "views" in differing:
+        differing = [k for k in differing if k not in ("weights", "flow")]  # of other views they differ anyway
     if differing:
-        def shown(value):
-            return str(value)[:12] if value else "none"
-        what = ", ".join(f"{k}: {shown(header.get(k))} there, {shown(wanted.get(k))} now" if k != "flow" else
+        def shown(key, value):
+            return "none" if not value else " and ".join(value) if key == "views" else str(value)[:12]
+        what = ", ".join(f"{k}: {shown(k, header.get(k))} there, {shown(k, wanted.get(k))} now" if k != "flow" else
                          "flow of other settings" for k in differing)
         raise BadInput(f"{path} was made with other weights or settings ({what}); {cure}")
 

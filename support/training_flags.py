@@ -70,7 +70,7 @@ def network_flags(g, more):
     g.add_argument("--short-frames", type=positive_int, default=16, help="of the short crops")
     g.add_argument("--short-crops", type=non_negative_int, default=4, help="0: no multi-temporal-resolution")
     more("--stride", type=positive_int, default=1, help="frames between two frames of a clip")
-    g.add_argument("--size", type=positive_int, default=128, help="px; 112 for r2plus1d18")
+    g.add_argument("--size", type=positive_int, default=128, help="px; the paper has 112 for r2plus1d18")
     more("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"),
          help="short side before cropping, over size (default: 136/128 190/128; r2plus1d18 128/112 160/112)")
     more("--still-jitter", type=non_negative, default=0.0, metavar="J",

@@ -67,11 +67,11 @@ def plan(s, found, videos, net, batches, start, device, world, operator):
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     stores = [*(["flow"] if "flow" in s.views else []), *(["RGB"] if s.rgb and "rgb" in s.views else [])]
     without = f", {len(found.videos) - len(videos)} without {' or '.join(stores)}" if stores else ""
+    decoded = f", {len(found.faulty)} that do not decode" if s.index else ""  # without one nothing was read yet
     rest = f"and one of {batches.rest}" if batches.rest else f"{len(videos) % batch} videos left out of each"
     return (
         f"{s.method} on {s.dataset} in {s.videos if 'rgb' in s.views else s.flow}: {len(videos)} videos "
-        f"({len(found.absent)} listed but absent, "
-        f"{len(found.faulty)} that do not decode{without}); {views_in_words(s)} of {crops_in_words(s)}; "
+        f"({len(found.absent)} listed but absent{decoded}{without}); {views_in_words(s)} of {crops_in_words(s)}; "
         f"{s.workers} loader processes"
         f"{' for each process' if world > 1 else ''}\n"
         + "".join(f"{note}\n" for note in found.notes) +
@@ -270,7 +270,7 @@ class Log:
             return f"{slower} may help"
         if max(ranks.values()) < 2:
             return (f"so have the other view's: each may have been taught by the other before it knew anything; "
-                    f"{slower}, --lambda2 below --lambda1, or a later --guide-start may help")
+                    f"{slower}, --lead flow, --still-jitter 1.5 or fewer prototypes may help")
         other = "flow" if name == "rgb" else "rgb"
         leads = f"--lead {other} with more --lead-epochs" if self.s.lead == other else f"--lead {other} --lead-epochs E"
         return f"{other} has learned and this view not: {slower}, or {leads} may help"

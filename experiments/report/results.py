@@ -10,6 +10,7 @@ from experiments.report.training import METHODS, VIEWS
 from experiments.result_files import confusion_table, of_split
 from experiments.tables import check_comparable
 from support.errors import BadInput
+from support.features import NETWORK
 from support.page import Section
 
 METRICS = {"retrieval": ("R@1", "R@5"), "cluster": ("Acc", "NMI", "F1"), "linear": ("top-1", "top-5"),
@@ -47,6 +48,10 @@ def read_results(paths, split, settings):
         trained = p.get("pretraining") or {}
         own = p["method"] == settings["method"] and trained and all(settings.get(k, v) == v for k, v in trained.items())
         role = "before" if p["method"] == "untrained" else "after" if own else ""
+        other = [f"--{k} {p[k]}, the run {settings[k]}" for k in NETWORK if k in p and p[k] != settings.get(k, p[k])]
+        if role == "before" and other:
+            raise BadInput(f"{path} is of an untrained network or of clips that the run has not ({'; '.join(other)}); "
+                           f"evaluate --checkpoint none with the run's")
         name = {"before": "before training", "after": f"after, {p['method']}"}.get(
             role, f"{p['method']}: {METHODS.get(p['method'], 'another run')}")
         found.append(Result(path, command, role, name, out))

@@ -307,6 +307,7 @@ def test_an_unreadable_log(tmp_path, content, words):
 
 @pytest.mark.parametrize(("change", "words"), [
     (lambda out: out["protocol"].update(dataset="hmdb51"), "can't be compared: dataset"),
+    (lambda out: out["protocol"].update(frames=99), r"that the run has not \(--frames 99, the run \d+\); evaluate"),
     (lambda out: out["protocol"].update(command="features"), "is of evaluate.py features; --json takes"),
     (lambda out: out["queries"].reverse(), "answer different queries"),
     (lambda out: out.update(neighbours={"flow": out["neighbours"]["flow"]}) or out.update(

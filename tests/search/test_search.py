@@ -21,7 +21,7 @@ from helpers.paths import ROOT
 import data
 import search
 from support import approximate, collection_index
-from support.collection_index import Collection, load_collection, save_collection
+from support.collection_index import Collection, check_header, load_collection, save_collection
 from support.datasets import Video
 from support.errors import BadInput
 from support.features import BLOCK, extract_blocks
@@ -137,6 +137,10 @@ def test_other_weights_and_settings_are_refused(films, rgb_index, tmp_path):
                        (("--stride", "2"), "stride: 1 there, 2 now")):
         with pytest.raises(BadInput, match=f"made with other weights or settings .*{what}.*; give those, or another"):
             index(films, out, *more, checkpoint=None if more else tmp_path / "run")
+    held = load_collection(out).header
+    with pytest.raises(BadInput, match=r"\(views: rgb there, rgb and flow now\); give those"):
+        check_header(out, held, {**held, "views": ["rgb", "flow"], "weights": "x", "flow": {"method": "DIS"}},
+                     "give those")
     assert Path(out).read_bytes() == rgb_index.read_bytes()
     with pytest.raises(BadInput, match=r"is of other weights than .*run holds now; index the films anew"):
         search.main(["query", "--index", str(out), str(films / "films" / "a.avi"), "--checkpoint",
@@ -402,8 +406,8 @@ def test_a_query_of_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
 
 def test_numbers_that_no_library_takes_are_refused(capsys):
     for command, flag, value, words in (
-            (["groups", "--num", "2", "--index", "x.npz"], "--seed", 2**70, r"below 2\^32"),
-            (["page", "--out", "p", "--index", "x.npz"], "--seed", -1, "a whole number of at least 0"),
+            (["groups", "--num", "2", "--index", "x.npz"], "--seed", 2**70, r"a whole number from 0 to 2\^32 - 1"),
+            (["page", "--out", "p", "--index", "x.npz"], "--seed", -1, "a whole number from 0 to"),
             (["query", "film.avi", "--index", "x.npz"], "--batch-views", 2**70, r"below 2\^31")):
         with pytest.raises(SystemExit):
             search.main([*command, flag, str(value)])

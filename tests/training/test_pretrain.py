@@ -13,6 +13,7 @@ from helpers.evaluation import in_two_processes
 from helpers.paths import ROOT
 from helpers.training import S3D, SMALL, log, poisoned, run, settings, weights
 
+import data
 import goca
 import model
 import pretrain
@@ -148,6 +149,12 @@ def test_a_view_leads_in_the_epochs_that_were_asked_for(tiny, tmp_path, monkeypa
         run(tiny, tmp_path / "run", *more[:-1], "3")
 
 
+def test_a_backbone_of_one_s_own_is_cropped_as_r2plus1d(tiny, monkeypatch):
+    monkeypatch.setitem(model.ARCHITECTURES, "mine", model.R2Plus1D18)
+    s = pretrain.arguments([*tiny.common(), "--prototypes", "p", "--out", "o", "--arch", "mine"])
+    assert s.scale == list(data.SCALES["r2plus1d18"])
+
+
 def test_the_rate_of_accumulated_batches_is_that_of_all_their_videos(tiny):
     more = ["--batch-size", "5", "--accumulate", "2"]
     s = pretrain.arguments([*tiny.common(), "--prototypes", "p", "--out", "o", *more])
@@ -191,7 +198,7 @@ def test_plan_says_what_would_be_done_and_writes_nothing(tiny, tmp_path, capsys)
     said = capsys.readouterr().out
     operator = {"compiled": "compiled for cpu", "reference": "PyTorch reference"}[goca.implementation("cpu")]
     assert "2 steps an epoch, 14 in all" in said and "process-hours; nothing was written" in said
-    for words in ("goca on ucf101 in", "20 videos (0 listed but absent, 0 that do not decode, 0 without flow)",
+    for words in ("goca on ucf101 in", "20 videos (0 listed but absent, 0 without flow)",
                   "both views of 2 crops of 4 and 1 of 4 frames, 16 px; 0 loader processes",
                   "M parameters, float32 on 1 x cpu, ",
                   "24 prototypes, ln N = 3.178; batch 10 x 1", "(7 epochs, 0 videos left out of each)",
@@ -280,7 +287,7 @@ def test_settings_that_may_change_are_listed_when_they_do(tiny, whole, tmp_path,
     (["--lr", "nan"], "--lr: nan must be a number above 0, and finite"), (["--lr", "-1"], "--lr: -1 must be"),
     (["--temperature", "inf"], "--temperature: inf must be"), (["--timeout", "nan"], "--timeout: nan"),
     (["--weight-decay", "nan"], "--weight-decay: nan must be"), (["--max-faults", "nan"], "--max-faults: nan"),
-    (["--seed", "-1"], "--seed: -1 must be a whole number of at least 0"),
+    (["--seed", "-1"], "--seed: -1 must be a whole number from 0 to"),
     (["--workers", "-1"], "--workers: -1 must be"),
     (["--momentum", "1"], "--momentum: 1 must be a number of at least 0 and below 1"),
     (["--method", "avg", "--heads", "2"], "no use for --heads 2"),
@@ -310,7 +317,7 @@ def test_videos_without_flow_are_counted(tiny, tmp_path, capsys):
     assert run(tiny, tmp_path / "run", "--flow", str(store), "--epochs", "1", "--batch-size", "4") == 0
     lacking = {v.name for v in read_split("ucf101", tiny.videos, tiny.splits).videos} & {
         str(name.with_suffix("")) for name in names[-3:]}
-    assert lacking and f"0 that do not decode, {len(lacking)} without flow" in capsys.readouterr().out
+    assert lacking and f"listed but absent, {len(lacking)} without flow" in capsys.readouterr().out
 
 
 def damaged(tiny, tmp_path, count):

@@ -160,6 +160,7 @@ def test_which_synchronised_batch_norm_is_taken():
     (["--alternate", "3"], "--alternate 3 has no effect with --method goca"),
     (["--optimizer", "adamw", "--trust", "0.1"], "--trust 0.1 has no effect with --optimizer adamw"),
     (["--short-crops", "0", "--short-frames", "32"], "--short-frames 32 has no effect with --short-crops 0"),
+    (["--frames", "8"], "--short-frames 16 is more than --frames 8: short crops are the longer ones"),
     (["--guide-start", "500"], "--guide-start 500 is not reached in --epochs 500"),
     (["--epochs", "8"], "--warmup-epochs 10 is cut to 4, half of --epochs 8"),
     (["--method", "vicc", "--alternate", "3"], None), (["--method", "goca", "--lambda2", "0.01"], None)])

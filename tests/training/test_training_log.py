@@ -139,7 +139,7 @@ def test_a_warning_names_the_fault_and_what_helps():
     assert "--lead flow with more --lead-epochs" in warnings(rgb, lead="flow")[0]
     assert "--lead" not in warnings(rgb, method="sep")[0]
     both = warnings({**rgb, "effective_rank_flow": 1.3})
-    assert len(both) == 2 and all("so have the other view's" in words and "--guide-start" in words for words in both)
+    assert len(both) == 2 and all("so have the other view's" in words and "--lead flow" in words for words in both)
 
 
 def test_one_or_two_prototypes_are_a_collapse_even_from_the_start_and_the_most_ever_is_kept():
