@@ -41,6 +41,12 @@ def start_worker(worker):
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
+def begin(worker):
+    """`start_worker` of a `Loader`'s process, which says that it has begun."""
+    get_worker_info().dataset.begun[worker] = True
+    start_worker(worker)
+
+
 @contextmanager
 def no_collection():
     """Nothing is collected in here, nor in a process that is forked here before `start_worker`."""
@@ -99,6 +105,7 @@ class Clips(Dataset):
     def __init__(self, videos):
         self.videos = videos
         self.opened = torch.zeros(0, 2, dtype=torch.int64)  # [processes, 2]: process or 0, index of its video
+        self.begun = torch.zeros(0, dtype=torch.bool)  # [processes]
         self.ended = {}  # index of a video that ended a process -> a message
 
     def __len__(self):
@@ -135,6 +142,7 @@ class Loader:
     MAX_RESTARTS = 3
     LOOK_EVERY = 5  # seconds
     PATIENCE = 60  # seconds for a batch, beyond twice what its items may take
+    START = 60  # seconds in which a process begins: what is forked from many threads may wait for one that it hasn't
 
     def __init__(self, clips, after, workers, **how):
         self.clips, self.after, self.workers, self.how = clips, after, workers, how
@@ -147,7 +155,7 @@ class Loader:
         if self.workers:
             self._check_shared_memory(batch or 1)
             how |= {"prefetch_factor": AHEAD, "timeout": self.LOOK_EVERY}
-        loader = DataLoader(self.clips, num_workers=self.workers, worker_init_fn=start_worker, **how)
+        loader = DataLoader(self.clips, num_workers=self.workers, worker_init_fn=begin, **how)
         return loader, 2 * self.clips.time_limit * (batch or 1) + self.PATIENCE
 
     def _items(self, loader, limit):
@@ -155,6 +163,7 @@ class Loader:
         shorter time-outs it looks whether its processes live, and can be asked again."""
         with no_collection():
             items, since = iter(loader), time.monotonic()
+        start = since
         with suppress(ValueError):  # of another thread than the main one
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in whatever is being done
         while True:
@@ -169,12 +178,20 @@ class Loader:
             except RuntimeError as e:
                 if "DataLoader timed out" not in str(e):
                     raise
+                if time.monotonic() - start > self.START:
+                    self._end_those_not_begun(items)
                 if time.monotonic() - since > limit:
                     raise TemporaryFailure(f"loader processes gave nothing for {limit:g} s; see whether the "
                                            f"videos' disk is well") from e
                 continue
             yield item
             since = time.monotonic()
+
+    def _end_those_not_begun(self, items):
+        """End processes that hang where they were forked (in CPython's locks); then all start again."""
+        for process, begun in zip(items._workers, self.clips.begun.tolist(), strict=True):
+            if not begun:
+                process.kill()
 
     def _check_shared_memory(self, batch):
         free, each = free_shared_memory(), batch * self.clips.item_bytes()
@@ -188,9 +205,11 @@ class Loader:
         done = ends = 0
         while True:
             self.clips.opened = torch.zeros(self.workers, 2, dtype=torch.int64)
+            self.clips.begun = torch.zeros(self.workers, dtype=torch.bool)
             try:
                 if self.workers:
                     self.clips.opened.share_memory_()
+                    self.clips.begun.share_memory_()
                 for item in self._items(*self._dataloader(done)):
                     yield item
                     done, ends = done + 1, 0

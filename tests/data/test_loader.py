@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 import data
 import evaluate
+from support import loader
 from support.avi import write_avi
 from support.datasets import read_split
 from support.epoch_batches import EpochBatches
@@ -358,6 +359,26 @@ def test_a_process_may_end_while_it_hands_over_what_it_made(films, monkeypatch):
     monkeypatch.setattr(resource_sharer._ResourceSharer, "get_connection", staticmethod(closes))
     items = list(Loader(clips, lambda done: {"sampler": own[done:], "batch_size": None}, 1))
     assert [item["index"] for item in items] == own and "b.avi ended the process" in items[1]["fault"]
+
+
+def test_a_process_that_never_begins_is_replaced(films, monkeypatch, tmp_path):
+    """As one that was forked while another thread held a lock of the interpreter."""
+    def hangs_once(worker):
+        if worker == 1 and not (tmp_path / "hung").exists():
+            (tmp_path / "hung").touch()
+            time.sleep(999)
+        begin(worker)
+
+    begin = loader.begin
+    monkeypatch.setattr(loader, "begin", hangs_once)
+    for name, seconds in (("START", 1), ("LOOK_EVERY", 1), ("PATIENCE", 20)):
+        monkeypatch.setattr(Loader, name, seconds)
+    videos, flows = films
+    clips = data.TestClips(videos, flows, frames=6, size=16, time_limit=0.1)
+    monkeypatch.setattr(data, "with_time_limit", lambda seconds, path, read, *given: read(*given))
+    items = list(Loader(clips, lambda done: {"sampler": range(done, len(videos)), "batch_size": None}, 2))
+    assert [item["index"] for item in items] == list(range(len(videos))) and (tmp_path / "hung").exists()
+    assert clips.begun.tolist() == [True, True] and not clips.ended
 
 
 def test_processes_that_all_end_are_not_the_films(films, monkeypatch):
