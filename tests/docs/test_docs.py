@@ -9,7 +9,7 @@ from helpers.evaluation import checkpoint
 from helpers.paths import ROOT
 
 import model
-from experiments import compare
+from experiments import compare, tables
 from support import datasets
 from support.weights import export
 
@@ -130,6 +130,12 @@ def test_tables_over_seeds_are_what_their_command_prints(command, tables, capsys
     assert compare.main(shlex.split(command)) == 0
     printed, explanation = capsys.readouterr().out.rstrip().rsplit("\n\n", 1)
     assert printed == tables and explanation.startswith("In percent")
+
+
+def test_the_table_of_lambdas_is_what_its_command_prints(capsys):
+    (command, grid), = re.findall(r"<!-- python -m experiments.tables (show .*?) -->\n\n(.*?)\n\n<!-- end -->",
+                                  (ROOT / "docs" / "results.md").read_text(), re.DOTALL)
+    assert tables.main(shlex.split(command)) == 0 and grid in capsys.readouterr().out
 
 
 def test_every_experiment_is_shown():
