@@ -8,12 +8,12 @@ Commands and files
     errors          what the user can mend: BadInput and exit statuses
     cli             messages and exit statuses of a command, the layout of its help
     files           written whole or not at all, checked when loaded: .npz with a JSON header
+    locks           one process at a time: a run's folder, an index
     avi             motion-JPEG AVI, the files of the stores
     stores          the stores of flow and of RGB; flow in 8 bits
     checkpoints     a run's checkpoints: saved, rotated, resumed from
 Videos
     videos          which files there are, and their frames
-    seeking         frames far into a film, from a key frame on
     frame_folders   folders of images as videos
     streams         time stamps and changes of size, which OpenCV doesn't give
     seeking         frames far into a film, decoded from a key frame on

@@ -15,6 +15,7 @@ import evaluate
 import model
 from support import classifiers
 from support.checkpoints import load_checkpoint
+from support.datasets import read_split
 from support.errors import BadInput
 from support.evaluation_flags import VIEWS
 
@@ -124,9 +125,8 @@ def test_finetuning_changes_the_backbone_and_continues_with_the_same_numbers(tin
         command(tiny, "finetune", *more, "--lr", "0.2", "--out", str(tmp_path / "b"))
     probabilities = result(tiny, tmp_path, "finetune", *more, "--out", str(tmp_path / "b"))["predictions"]
     assert probabilities == whole["predictions"] and len(steps) == 8  # done: only tested again
-    read = evaluate.read_split
     monkeypatch.setattr(evaluate, "read_split", lambda *args, **k: (
-        lambda found: found._replace(classes=found.classes[::-1]))(read(*args, **k)))
+        lambda found: found._replace(classes=found.classes[::-1]))(read_split(*args, **k)))
     with pytest.raises(BadInput, match=r"trained with other settings \(videos and labels \w+ -> \w+\)"):
         command(tiny, "finetune", *more, "--out", str(tmp_path / "b"))
 
