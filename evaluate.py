@@ -380,7 +380,7 @@ def recipe_of(s):
     if "recipe" not in s:
         return None
     recipe = (LINEAR if s.command == "linear" else FINETUNE)[s.recipe]
-    return recipe._replace(**{k: v for k, v in (("epochs", s.epochs), ("lr", s.lr)) if v is not None})
+    return recipe._replace(**{k: getattr(s, k) for k in ("epochs", "lr", "dropout") if getattr(s, k, None) is not None})
 
 
 def arguments(argv=None):

@@ -37,6 +37,7 @@ Training (stage 3)
     run             the one training loop: logging, signals, saving, stopping around a step
     optim           LARS, AdamW, SGD; steps dropped where a gradient is not finite; the learning rate
     training_log    RUN/log.jsonl, the terminal, warnings of collapse
+    memory          what a step keeps, reckoned before it is taken
     signals         signals that ask a run to stop, the clock that asks it to save
     distributed     several processes: how they start, what they share and must have alike
     batch_norm      batch norm over the whole batch

@@ -2,7 +2,7 @@
 
 import model
 from support.classifiers import FINETUNE, LINEAR
-from support.cli import Subcommand, non_negative_int, positive, positive_int, random_seed
+from support.cli import Subcommand, fraction, non_negative_int, positive, positive_int, random_seed
 from support.datasets import DATASETS
 
 VIEWS = (*model.VIEWS, "rgb+flow")
@@ -69,6 +69,9 @@ def recipe_flags(c, name):
     g.add_argument("--epochs", type=positive_int,
                    help=f"default: {', '.join(f'{r.epochs} ({n})' for n, r in recipes.items())}")
     g.add_argument("--lr", type=positive, help=f"default: {', '.join(f'{r.lr} ({n})' for n, r in recipes.items())}")
+    if name == "finetune":
+        g.add_argument("--dropout", type=fraction, help="share of the feature's channels that each clip learns without "
+                       f"(default: {', '.join(f'{r.dropout} ({n})' for n, r in recipes.items())})")
     g.add_argument("--batch-size", type=positive_int, default=32, help="a process (CoCLR, ViCC)")
     g.add_argument("--out", help="folder of checkpoints of training on clips; an interrupted one there is continued")
     g.add_argument("--scale", type=positive, nargs=2, metavar=("LOW", "HIGH"),

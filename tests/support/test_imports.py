@@ -12,7 +12,7 @@ STAGES = {"flow", "prototypes", "pretrain", "evaluate", "search"}
 METHOD = {"goca", "tvl1"}
 # their subject is data and model
 ABOUT_NETWORKS = {"features", "inference", "classifiers", "weights", "training_flags", "evaluation_flags",
-                  "collection_index"}
+                  "collection_index", "memory"}
 
 
 def module(path):
