@@ -154,6 +154,15 @@ def test_the_readme_s_rows_on_guiding_are_what_the_files_say(folders):
     assert row in PAGES[0].read_text()
 
 
+def test_the_readme_s_row_on_fine_tuning_is_what_the_files_say():
+    x = compare.read_experiment(ROOT / "results" / "finetuning" / "experiment.json")
+    found = compare.collect(x, "finetune", "top-1")
+    scratch, led = (compare.mean_and_deviation(r["rgb"] for r in found[name].values())
+                    for name in ("untrained", "goca_led"))
+    seeds, = {len(found[name]) for name in ("untrained", "goca_led")}
+    assert f"{seeds} seeds | {scratch} from scratch | {led} from guided weights |" in PAGES[0].read_text()
+
+
 def test_results_are_all_listed():
     """results/README.md says of each file what it is."""
     names = {each for span in Page(PAGES[-1]).spans for each in expanded(span)}
