@@ -1,5 +1,6 @@
 """README and docs: all that they name exists, their examples run, and the README stays short."""
 
+import json
 import re
 import shlex
 
@@ -161,6 +162,14 @@ def test_the_readme_s_row_on_fine_tuning_is_what_the_files_say():
                     for name in ("untrained", "goca_led"))
     seeds, = {len(found[name]) for name in ("untrained", "goca_led")}
     assert f"{seeds} seeds | {scratch} from scratch | {led} from guided weights |" in PAGES[0].read_text()
+
+
+def test_the_table_on_tennis_is_what_the_file_says():
+    text = (ROOT / "docs" / "results.md").read_text()
+    for fold, found in json.loads((ROOT / "results/tennis7/supervised.json").read_text())["splits"].items():
+        r = found.get("results", found)
+        cells = (f"{r[v]['top-1']:.1f} ± {r[v]['top-1 standard error']:.1f}" for v in ("rgb", "flow"))
+        assert f"| {fold} | {' | '.join(cells)} |" in text
 
 
 def test_results_are_all_listed():
