@@ -225,7 +225,7 @@ def train_in(process, s):
     compiled = goca.implementation(device) == "compiled"
     operator = f"compiled for {device.type}" if compiled else "PyTorch reference"
     say(plan(s, found, videos, core, batches, start, device, world, operator))
-    if s.plan and device.type == "cpu" and start < per_epoch * s.epochs:
+    if s.plan and device.type == "cpu" and not s.compile and start < per_epoch * s.epochs:
         say(run_on_all_ranks(lambda: check_memory(s, prototypes)))
 
     ln_n, total = math.log(len(core.prototypes)), per_epoch * s.epochs

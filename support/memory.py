@@ -16,6 +16,7 @@ CGROUP = "/sys/fs/cgroup"  # v2: the limits of a container
 def activation_bytes(s, prototypes, videos=2):
     """Bytes of activations that the forward pass of one video keeps for the backward pass, in float32, of a run's
     settings `s` and prototypes [N, d]. Nothing is computed: the pass is made on torch's meta device."""
+    frozen = model.VIEWS[1] if s.method == "vicc" else None  # keeps nothing; RGB's turn keeps the more
     kept = {}
 
     def keep(t):
@@ -30,7 +31,7 @@ def activation_bytes(s, prototypes, videos=2):
         clips = [{view: torch.empty(videos, crops, model.CHANNELS[view], frames, s.size, s.size) for view in s.views}
                  for crops, frames in lengths]
         with saved_tensors_hooks(keep, lambda t: t):
-            net(clips)
+            net(clips, frozen)
     for t in (*net.parameters(), *net.buffers()):
         kept.pop(t.untyped_storage()._cdata, None)
     return sum(storage.nbytes() for storage in kept.values()) / videos
@@ -45,8 +46,10 @@ def free_bytes():
         return None
     try:
         limit, used = (int(Path(CGROUP, f"memory.{name}").read_text()) for name in ("max", "current"))
-        return min(free, limit - used)
-    except (OSError, ValueError):  # none, or "max"
+        of = dict(line.split() for line in Path(CGROUP, "memory.stat").read_text().splitlines())
+        cached = int(of["active_file"]) + int(of["inactive_file"])  # given back when it is needed
+        return min(free, limit - used + cached)
+    except (OSError, KeyError, ValueError):  # none, or "max"
         return free
 
 
