@@ -83,27 +83,29 @@ gpu: build
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest $(GPU_SMALL)
 	$(BIN)/python -m experiments.bench operator step flow --json results/$(CARD).json $(if $(VIDEOS),--videos $(VIDEOS))
 
-# Some minutes a method on one GPU: S3D at the paper's clip size on larger generated films, with guiding and without.
-# Logs, results and curves go to results/. Interrupted, it goes on.
+# Some minutes a method on one GPU: S3D at the paper's clip size on larger generated films, with guiding and without; as
+# many steps as the demo takes. Logs, results and curves go to results/. Interrupted, it goes on.
 TRIAL ?= trial
-TRIAL_FILMS ?= --train 2000 --test 500 --size 160 --frames 48
-TRIAL_NET ?= @presets/one-gpu --epochs 12 --warmup-epochs 1
+TRIAL_FILMS ?= --train 960 --test 240 --size 160 --frames 48
+TRIAL_NET ?= @presets/one-gpu --batch-size 32 --lr 2.0 --epochs 12 --warmup-epochs 1
+TRIAL_METHODS ?= goca sep sview
+TRIAL_PROTOCOL ?= goca
 TRIAL_RESULTS ?= results/trial
 TRIAL_SET = --dataset ucf101 --videos $(TRIAL)/films/videos --splits $(TRIAL)/films/splits --flow $(TRIAL)/flow
 trial: build
 	$(BIN)/python -m experiments.walkers --out $(TRIAL)/films $(TRIAL_FILMS)
 	$(BIN)/python flow.py --videos $(TRIAL)/films/videos --out $(TRIAL)/flow --short-side 0
-	$(BIN)/python prototypes.py --num 40 --dim 128 --out $(TRIAL)/prototypes.npz
+	$(BIN)/python prototypes.py --num 20 --dim 128 --out $(TRIAL)/prototypes.npz
 	mkdir -p $(TRIAL_RESULTS)
-	for method in goca sep sview; do \
+	for method in $(TRIAL_METHODS); do \
 	    $(BIN)/python pretrain.py $(TRIAL_NET) --method $$method --log-every 10 $(TRIAL_SET) \
 	        --prototypes $(TRIAL)/prototypes.npz --out $(TRIAL)/$$method && \
-	    $(BIN)/python evaluate.py retrieval --checkpoint $(TRIAL)/$$method $(TRIAL_SET) \
+	    $(BIN)/python evaluate.py retrieval --checkpoint $(TRIAL)/$$method --protocol $(TRIAL_PROTOCOL) $(TRIAL_SET) \
 	        --json $(TRIAL_RESULTS)/$$method.json && \
 	    $(BIN)/python -m experiments.figures training --run $(TRIAL)/$$method --out $(TRIAL_RESULTS)/$$method.png && \
 	    cp $(TRIAL)/$$method/log.jsonl $(TRIAL_RESULTS)/$$method.jsonl || exit 1; \
 	done
-	$(BIN)/python -m experiments.tables show $(foreach method,goca sep sview,$(TRIAL_RESULTS)/$(method).json)
+	$(BIN)/python -m experiments.tables show $(foreach method,$(TRIAL_METHODS),$(TRIAL_RESULTS)/$(method).json)
 
 # All rows, about 5 minutes on 2 cores. VIDEOS=DIR reads real films in place of generated ones.
 MACHINE ?= $(shell uname -m)_$(shell nproc)_cores
