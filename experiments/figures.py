@@ -121,7 +121,7 @@ def training(args):
         log = read_log(run)
         if not log.steps:
             raise BadInput(f"{log.path} holds no step yet")
-        label = plain(f"{Path(run).name} ({log.settings['method']})")
+        label = plain(f"{Path(run).name.removesuffix('.jsonl')} ({log.settings['method']})")
         for axis, key in zip(axes.flat, CURVES, strict=True):
             if found := curve(log.steps, key):
                 axis.plot(*zip(*found, strict=True), label=label)
