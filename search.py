@@ -25,7 +25,6 @@ import argparse
 import json
 import os
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -47,13 +46,13 @@ from support.collection_index import (
     piece_seconds,
     survey,
 )
-from support.distributed import GROUP_TIMEOUT, run_on_all_ranks, run_on_first_rank, start_processes
+from support.distributed import GROUP_TIMEOUT, run_on_first_rank, start_processes
 from support.errors import BadInput
 from support.features import check_rate, check_store, view_matrix
 from support.files import atomic, check_folder, check_writable
 from support.frame_folders import is_frame_folder
 from support.grouping import make_groups, quality_in_words
-from support.locks import only_one
+from support.locks import only_these_processes
 from support.metrics import nearest
 from support.page import Group, Item, write_page
 from support.previews import make_previews
@@ -73,8 +72,7 @@ def index(s):
         s.out = os.path.realpath(s.out)  # the index that it leads to, beside which the parts lie
     check_writable(s.out, "--out")
     device, rank, world = start_processes(s)
-    with ExitStack() as meanwhile:
-        run_on_all_ranks(lambda: None if rank else meanwhile.enter_context(only_one(s.out)))
+    with only_these_processes(s.out, "search.py index", rank):
         return make_index(s, device, rank, world)
 
 

@@ -8,7 +8,7 @@ Commands and files
     errors          what the user can mend: BadInput and exit statuses
     cli             messages and exit statuses of a command, the layout of its help
     files           written whole or not at all, checked when loaded: .npz with a JSON header
-    locks           one process at a time: a run's folder, an index
+    locks           one process at a time: a run's folder, an index, a fine-tuning
     avi             motion-JPEG AVI, the files of the stores
     stores          the stores of flow and of RGB; flow in 8 bits
     checkpoints     a run's checkpoints: saved, rotated, resumed from

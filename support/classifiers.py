@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,7 @@ from support.features import fingerprint
 from support.files import atomic, check_folder
 from support.inference import group_by_views, mean_over_views
 from support.loader import Loader
+from support.locks import only_these_processes
 from support.optim import SGD, Adam, set_rate
 from support.run import Run, named_failures
 from support.watchdog import exit_on_error
@@ -255,12 +257,14 @@ def fit_clips(net, views, found, store, recipe, s, settings, frozen, what, devic
                             stride=settings["stride"], scale=tuple(settings["scale"]), seed=s.seed, cache=s.cache,
                             views=tuple(views), rgb=rgb)
     batches = EpochBatches(len(found.videos), s.batch_size, recipe.epochs, s.seed, rank, world)
+    alone = nullcontext()
     if start < batches.steps_per_epoch * recipe.epochs:
         run_on_all_ranks(lambda: check_folder(s.out, "--out"))
+        alone = only_these_processes(path, "evaluate.py", rank)
     log = EpochLog(what, batches.steps_per_epoch * recipe.epochs, batches.steps_per_epoch, rank, start, state)
     labels = torch.tensor([v.label for v in found.videos])
     memory = f"--batch-size {s.batch_size}. What helps: a smaller --batch-size or --size, fewer --frames"
-    with exit_on_error(), named_failures(memory, TIMEOUT), Run(
+    with alone, exit_on_error(), named_failures(memory, TIMEOUT), Run(
             (device, rank, world), classifier.train(), optimizer, model.BatchNormStatistics(learning), clips, batches,
             log, partial(save, path), file=path, settings=settings, start=start, workers=s.workers,
             log_every=batches.steps_per_epoch, timeout=TIMEOUT,

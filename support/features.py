@@ -5,14 +5,14 @@ In   a checkpoint of pretrain.py (or `none`: the untrained network) or backbones
 Out  one .npz a subset and protocol: rgb and flow (of whichever there is a network) float32 [n, D] (the mean over a
      video's test views), labels int64 [n], names [n], and a header that says of which weights, videos, flow and views.
      Retrieval, clusters and the linear probe read it; a file that is not of exactly these weights, videos, flow and
-     views is refused.
+     views is refused, and so is one of a film that has another size in bytes since.
 
 Work is kept every 16 videos, so an interrupted extraction goes on where it was; several processes share the blocks.
-
 """
 
 import hashlib
 import json
+import os
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -33,6 +33,7 @@ from support.errors import BadInput
 from support.files import check_folder, load_arrays, save_arrays
 from support.inference import group_by_views, mean_over_views
 from support.loader import Loader
+from support.videos import file_stat
 from support.weights import Backbones, load, view_and_path
 
 BLOCK = 16  # videos between two saves
@@ -160,6 +161,22 @@ def extract_blocks(net, videos, store, s, device, what, keep, done=(), rgb=None)
     progress.close()
 
 
+def bytes_of(video, rgb):
+    """Size of the file that a video's frames are read from, the store's where RGB is read from one; 0: not known."""
+    try:
+        return os.path.getsize(rgb.path(video.name)) if rgb else file_stat(video.path)[0]
+    except OSError:
+        return 0
+
+
+def check_bytes(path, videos, then, rgb):
+    """Refuse features of films that were replaced since: `then`, the bytes that each had (0: not known)."""
+    changed = [v.name for v, old in zip(videos, then, strict=True) if old and bytes_of(v, rgb) not in (0, old)]
+    if changed:
+        raise BadInput(f"{path} holds features of {len(changed)} of {len(videos)} videos that have another size in "
+                       f"bytes since, the first {changed[0]}; remove it, and the features are made anew")
+
+
 def join_blocks(parts):
     """Blocks of `extract_video` in order -> one."""
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
@@ -219,6 +236,8 @@ def load_or_extract(net, found, store, s, device, what, rank=0, world=1, whole=N
         say(f"features of {len(joined['kept'])} {what} videos: {path}")
     if rank:
         return None
+    if "bytes" in joined:
+        check_bytes(path, videos, joined["bytes"], rgb)
     faults = [str(f) for f in joined["faults"]]
     if not len(joined["kept"]):
         raise BadInput(f"none of the {len(videos)} {what} videos can be read; the first: {faults[0]}")
@@ -239,7 +258,8 @@ def _extract_all(net, videos, store, s, device, what, path, rank, world, rgb):
         return path.parent / f".{path.stem}-{b:05d}.npz"
 
     def keep(b, arrays):
-        save_arrays(part(b), "part of features", {}, **arrays)
+        sizes = [bytes_of(v, rgb) for v in videos[b * BLOCK:(b + 1) * BLOCK]]
+        save_arrays(part(b), "part of features", {}, bytes=np.array(sizes, np.int64), **arrays)
 
     done = {b for b in range(blocks) if b % world != rank or part(b).exists()}
     extract_blocks(net, videos, store, s, device, what, keep, done, rgb)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.evaluation import UNTRAINED, checkpoint, command, in_two_processes, result
+from helpers.locks import made_elsewhere
 from helpers.training import poisoned
 
 import data
@@ -128,6 +129,23 @@ def test_finetuning_changes_the_backbone_and_continues_with_the_same_numbers(tin
         lambda found: found._replace(classes=found.classes[::-1]))(read_split(*args, **k)))
     with pytest.raises(BadInput, match=r"trained with other settings \(videos and labels \w+ -> \w+\)"):
         command(tiny, "finetune", *more, "--out", str(tmp_path / "b"))
+
+
+def test_a_second_fine_tuning_of_one_file_at_the_same_time_is_refused(tiny, tmp_path):
+    """Of another view or command is another file, and what is done is tested meanwhile, too."""
+    out = tmp_path / "a"
+    more = ["--checkpoint", checkpoint(tmp_path), "--epochs", "1", "--batch-size", "10", "--scale", "1", "1.2", "--out",
+            str(out)]
+    out.mkdir()
+    with made_elsewhere(out / "finetune-split1-rgb.pt", "evaluate.py"):
+        assert command(tiny, "finetune", *more, "--views", "flow") == 0
+        with pytest.raises(BadInput, match=r"another evaluate\.py is making .*finetune-split1-rgb\.pt: wait for its"):
+            command(tiny, "finetune", *more, "--views", "rgb")
+    assert command(tiny, "finetune", *more, "--views", "rgb") == 0
+    assert sorted(os.listdir(out)) == [f"finetune-split1-{view}.{end}" for view in ("flow", "rgb")
+                                       for end in ("json", "pt")]
+    with made_elsewhere(out / "finetune-split1-rgb.pt", "evaluate.py"):
+        assert command(tiny, "finetune", *more, "--views", "rgb") == 0
 
 
 def test_a_bad_step_of_fine_tuning_is_dropped_and_five_in_a_row_end_it(tiny, tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from helpers.evaluation import UNTRAINED, checkpoint, command, in_two_processes,
 
 import data
 import evaluate
+import flow
 import model
 from support import features, inference
 from support.checkpoints import save_checkpoint
@@ -110,6 +111,24 @@ def test_two_processes_extract_what_one_does(tiny, forked, tmp_path):
     two = json.loads((tmp_path / "two.json").read_text())
     assert one["results"] == two["results"] and one["neighbours"] == two["neighbours"]
     assert [v for v in (tmp_path / "f").iterdir() if v.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("rgb", [False, True])
+def test_features_of_a_film_that_was_replaced_are_refused(tiny, tmp_path, rgb):
+    """Under its old name; its flow may be that of before."""
+    videos, more = tmp_path / "videos", [*UNTRAINED, "--features", str(tmp_path / "f")]
+    shutil.copytree(tiny.videos, videos)
+    more += ["--videos", str(videos)]
+    if rgb:
+        assert flow.main(["--videos", str(videos), "--out", str(tmp_path / "flow"), "--rgb", str(tmp_path / "rgb"),
+                          "--short-side", "0", "--warps", "1", "--epsilon", "0.1"]) == 0
+        more += ["--rgb", str(tmp_path / "rgb"), "--flow", str(tmp_path / "flow")]
+    assert command(tiny, "features", *more) == 0
+    assert command(tiny, "retrieval", *more) == 0
+    film = sorted((tmp_path / "rgb" if rgb else videos).rglob("*.avi"))[-1]
+    film.write_bytes(film.read_bytes() + b"\0")
+    with pytest.raises(BadInput, match=rf"of 1 of \d+ videos .* the first .*{film.stem}.*remove it"):
+        command(tiny, "retrieval", *more)
 
 
 def test_the_file_of_features_is_checked(tiny, tmp_path):

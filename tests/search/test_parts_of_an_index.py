@@ -1,11 +1,11 @@
 """search.py index beside other work: interrupted, of neighbours, of another run; films that change meanwhile."""
 
-import multiprocessing
 import os
 import shutil
 
 import pytest
 from helpers.indexing import index
+from helpers.locks import made_elsewhere
 
 from support import collection_index, locks
 from support.collection_index import load_collection
@@ -33,21 +33,10 @@ def test_parts_are_those_of_this_index_alone(films, rgb_index, tmp_path):
 
 
 def test_a_second_run_at_the_same_time_is_refused(films, rgb_index, tmp_path):
-    fork, out = multiprocessing.get_context("fork"), shutil.copy(rgb_index, tmp_path / "i.npz")
-    locked, ended = fork.Event(), fork.Event()
-
-    def hold():
-        with only_one(out):
-            locked.set()
-            ended.wait(60)
-
-    other = fork.Process(target=hold, daemon=True)
-    other.start()
-    locked.wait(60)
-    with pytest.raises(BadInput, match=r"another search\.py index is making .*i\.npz: wait for its end"):
+    out = shutil.copy(rgb_index, tmp_path / "i.npz")
+    with made_elsewhere(out, "search.py index"), pytest.raises(
+            BadInput, match=r"another search\.py index is making .*i\.npz: wait for its end"):
         index(films, out)
-    ended.set()
-    other.join()
     assert index(films, out) == 0 and os.listdir(tmp_path) == ["i.npz"]
 
 
@@ -56,7 +45,7 @@ def test_without_locks_a_sentence_is_all(tmp_path, monkeypatch, capsys):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(locks.fcntl, "lockf", fails)
-    with only_one(tmp_path / "i.npz"):
+    with only_one(tmp_path / "i.npz", "search.py index"):
         assert "can't be locked (No locks available); see to it that no two runs" in capsys.readouterr().err
 
 
