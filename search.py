@@ -37,6 +37,7 @@ from support.cli import Subcommand, command_line, non_negative_int, positive, po
 from support.collection_index import (
     bring_up_to_date,
     check_weights,
+    entries_of,
     extract,
     features_of,
     load_collection,
@@ -167,23 +168,16 @@ def query(s):
     if os.path.isdir(s.video):
         check_frame_folder(s.video)
     device, _, _ = start_processes(s)
-    held, began = load_collection(s.index), time.perf_counter()
-    view, checkpoint = view_of(s, held.header), s.checkpoint or held.header["checkpoint"]
-    net, _ = open_network(checkpoint, **{k: held.header[k] for k in ("frames", "size", "stride")})
-    net = of_views(net, held.header["views"], True, checkpoint)
-    check_weights(s.index, held.header, net, checkpoint)
-    net = of_views(net, view.split("+"), True, checkpoint).to(device, memory_format=torch.channels_last_3d)
-    seconds = {"loading": time.perf_counter() - began}
-    values, spent, faults = features_of(s.video, net, held.header, device, s.batch_views)
-    for fault in faults:
-        say(f"not looked up, a piece of the film: {fault}")
-    queries, rows, n = view_matrix(values, view, "", "average"), matrix(held, view), len(held.files)
+    held = load_collection(s.index)
+    view = view_of(s, held.header)
+    queries, seconds = query_rows(s, held, view, device)
+    rows, n = matrix(held, view), len(held.files)
     find = finder(s, view, queries, rows)
     if s.k > n:
         say(f"--k {s.k} is more than {entries(n)} of {s.index}; all are given")
     began = time.perf_counter()
     similarity, places = best(queries, rows, min(s.k, n), find)
-    seconds |= {**spent, "search": time.perf_counter() - began}
+    seconds["search"] = time.perf_counter() - began
     paths = held.paths()
     results = [{"path": paths[i], "start_s": round(float(held.spans[i, 0]), 3),
                 "end_s": round(float(held.spans[i, 1]), 3), "similarity": round(float(x), 6)}
@@ -193,6 +187,24 @@ def query(s):
     say(f"{view}, {n} entries: " + ", ".join(f"{what} {t:.2f} s" for what, t in seconds.items()))
     write_json(s.json, {"query": s.video, "results": results})
     return 0
+
+
+def query_rows(s, held, view, device):
+    """-> (unit rows [q, D] of the film of a query, one a piece, {part: seconds it took})."""
+    own = [] if s.checkpoint else entries_of(held, s.video)
+    if own:
+        say("the film is in the index: its features are taken from there")
+        return matrix(held.take(own), view), {}
+    checkpoint, began = s.checkpoint or held.header["checkpoint"], time.perf_counter()
+    net, _ = open_network(checkpoint, **{k: held.header[k] for k in ("frames", "size", "stride")})
+    net = of_views(net, held.header["views"], True, checkpoint)
+    check_weights(s.index, held.header, net, checkpoint)
+    net = of_views(net, view.split("+"), True, checkpoint).to(device, memory_format=torch.channels_last_3d)
+    loading = time.perf_counter() - began
+    values, spent, faults = features_of(s.video, net, held.header, device, s.batch_views)
+    for fault in faults:
+        say(f"not looked up, a piece of the film: {fault}")
+    return view_matrix(values, view, "", "average"), {"loading": loading, **spent}
 
 
 def matrix(held, view):

@@ -180,6 +180,12 @@ def mark_of(path):
         return 0, 0
 
 
+def entries_of(held, path):
+    """Rows of an index that are of the film at `path`; none where it has changed since, or isn't among them."""
+    name = os.path.relpath(os.path.realpath(path), os.path.realpath(held.header["videos"]))
+    return np.flatnonzero((held.files == name) & (held.marks[:, :2] == mark_of(path)).all(1)).tolist()
+
+
 def mark_of_flow(store, name):
     """Of all its segments where the film is cut."""
     marks = [mark_of(store.path(own)) for own in ([name] if name in store else store.segments(name))]

@@ -231,6 +231,31 @@ def test_flow_of_the_query_is_made_as_that_of_the_index(tiny, tmp_path, capsys):
     assert [r["similarity"] for r in query(out, copy, tmp_path)] == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_film_of_the_index_has_its_features_there(tiny, tmp_path, capsys, monkeypatch):
+    """Whole or in pieces, by another path, too; one that has changed is read."""
+    (tmp_path / "run").mkdir()
+    checkpoint(tmp_path / "run", flow_header=FlowStore(tiny.flow).header)
+    shutil.copytree(tiny.videos, tmp_path / "films")
+    (tmp_path / "link").symlink_to(tmp_path / "films")
+    for k, more in enumerate(([], ["--segment", "0.2"])):
+        out = tmp_path / f"{k}.npz"
+        index(tmp_path, out, "--flow", str(tiny.flow), *more, videos=tmp_path / "films")
+        film = load_collection(out).paths()[7]
+        other = os.path.join(tmp_path / "link", os.path.relpath(film, tmp_path / "films"))
+        anew = query(out, shutil.copy(film, tmp_path / "copy.avi"), tmp_path)
+        assert "network" in capsys.readouterr().out
+        with monkeypatch.context() as m:
+            m.setattr(search, "open_network", lambda *a, **k: pytest.fail("the network was loaded"))
+            for path in (film, other):
+                held = query(out, path, tmp_path)
+                assert "in the index: its features" in capsys.readouterr().out
+                assert [r["path"] for r in held[:3]] == [r["path"] for r in anew[:3]]
+                assert [r["similarity"] for r in held] == pytest.approx([r["similarity"] for r in anew], abs=1e-4)
+    os.utime(film, (1, 1))
+    assert query(out, film, tmp_path)[0]["similarity"] == pytest.approx(1, abs=1e-4)
+    assert "in the index: its features" not in capsys.readouterr().out
+
+
 # --- FAISS -----------------------------------------------------------------------------------------------------------
 def unit_rows(n, dim, seed=0):
     rng = np.random.default_rng(seed)
