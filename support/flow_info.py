@@ -79,7 +79,8 @@ def info(args):
     videos = {match[1] if (match := SEGMENT.fullmatch(f"{name}.avi")) and store.header.get("segment") else name
               for name in names}
     files = f" in {len(names)} files" if len(videos) < len(names) else ""
-    say(f"{len(videos)} videos{files}, {planes} {what}, {size / 1e6:.1f} MB, {len(damaged)} damaged", *damaged)
+    how = "each frame read" if args.check else "by where frames begin; --check reads each"
+    say(f"{len(videos)} videos{files}, {planes} {what}, {size / 1e6:.1f} MB, {len(damaged)} damaged ({how})", *damaged)
     if magnitudes:
         by = ", ".join(f"{device} ({count})" for device, count in devices.items())
         say(f"mean magnitude {np.mean(magnitudes):.3f} px (middle fields of {len(magnitudes)} videos); computed "
