@@ -83,14 +83,14 @@ gpu: build
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest $(GPU_SMALL)
 	$(BIN)/python -m experiments.bench operator step flow --json results/$(CARD).json $(if $(VIDEOS),--videos $(VIDEOS))
 
-# Some minutes a method on one GPU: S3D at the paper's clip size on larger generated films, with guiding and without; as
-# many steps as the demo takes. Logs, results and curves go to results/. Interrupted, it goes on.
+# Some minutes a method on one GPU: S3D at the paper's clip size on larger generated films, with guiding and without, about
+# as many steps as the demo takes. Logs, results and curves go to trial/results. Interrupted, it goes on.
 TRIAL ?= trial
 TRIAL_FILMS ?= --train 960 --test 240 --size 160 --frames 48
 TRIAL_NET ?= @presets/one-gpu --batch-size 32 --lr 2.0 --epochs 12 --warmup-epochs 1
 TRIAL_METHODS ?= goca sep sview
 TRIAL_PROTOCOL ?= goca
-TRIAL_RESULTS ?= results/trial
+TRIAL_RESULTS ?= $(TRIAL)/results
 TRIAL_SET = --dataset ucf101 --videos $(TRIAL)/films/videos --splits $(TRIAL)/films/splits --flow $(TRIAL)/flow
 trial: build
 	$(BIN)/python -m experiments.walkers --out $(TRIAL)/films $(TRIAL_FILMS)

@@ -12,8 +12,8 @@ index   features of all films; with --flow, the store that flow.py made of them,
         --segment 10 indexes every 10 seconds of long films; a store that flow.py --segment made is indexed by its
         segments. Under torchrun several processes share the work; an interrupted one goes on. Films that can't be read
         are named, and tried again the next time
-query   the nearest by cosine of a film that need not be in the index; its flow is computed if the index has flow. Of a
-        film of several pieces each is looked up, and the best similarity counts
+query   the nearest by cosine of a film that need not be in the index; where it isn't, its flow is computed if the index
+        has flow. Of a film of several pieces each is looked up, and the best similarity counts
 groups  k-means of all entries (section 4.3), the most typical of each group first
 page    all of it to look at, in a browser without server or network: support/page.py
 
@@ -193,7 +193,8 @@ def query_rows(s, held, view, device):
     """-> (unit rows [q, D] of the film of a query, one a piece, {part: seconds it took})."""
     own = [] if s.checkpoint else entries_of(held, s.video)
     if own:
-        say("the film is in the index: its features are taken from there")
+        say(f"the film is in the index: the features of its {len(own)} pieces are taken from there" if len(own) > 1 else
+            "the film is in the index: its features are taken from there")
         return matrix(held.take(own), view), {}
     checkpoint, began = s.checkpoint or held.header["checkpoint"], time.perf_counter()
     net, _ = open_network(checkpoint, **{k: held.header[k] for k in ("frames", "size", "stride")})

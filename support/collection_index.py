@@ -181,9 +181,12 @@ def mark_of(path):
 
 
 def entries_of(held, path):
-    """Rows of an index that are of the film at `path`; none where it has changed since, or isn't among them."""
+    """Rows of an index that are of the film at `path`; none where it has changed since, isn't among them, or lacks a
+    piece there that could not be read."""
     name = os.path.relpath(os.path.realpath(path), os.path.realpath(held.header["videos"]))
-    return np.flatnonzero((held.files == name) & (held.marks[:, :2] == mark_of(path)).all(1)).tolist()
+    rows = np.flatnonzero((held.files == name) & (held.marks[:, :2] == mark_of(path)).all(1))
+    begins, ends = held.spans[rows].T
+    return rows.tolist() if np.allclose(begins, [0, *ends[:-1]][:len(rows)]) else []
 
 
 def mark_of_flow(store, name):

@@ -33,7 +33,6 @@ from support.errors import BadInput
 from support.files import check_folder, load_arrays, save_arrays
 from support.inference import group_by_views, mean_over_views
 from support.loader import Loader
-from support.videos import file_stat
 from support.weights import Backbones, load, view_and_path
 
 BLOCK = 16  # videos between two saves
@@ -161,25 +160,24 @@ def extract_blocks(net, videos, store, s, device, what, keep, done=(), rgb=None)
     progress.close()
 
 
-def bytes_of(video, rgb):
-    """Size of the file that a video's frames are read from, the store's where RGB is read from one; 0: not known."""
+def bytes_of(video, views, store, rgb):
+    """Size of the file that a video's clips of `views` come from, RGB's where there is one; 0: not known, or
+    a folder."""
+    path = store.path(video.name) if "rgb" not in views else rgb.path(video.name) if rgb else video.path
     try:
-        return os.path.getsize(rgb.path(video.name)) if rgb else file_stat(video.path)[0]
+        return os.path.getsize(path) if os.path.isfile(path) else 0
     except OSError:
         return 0
 
 
-def check_bytes(path, videos, then, rgb):
-    """Refuse features of films that were replaced since: `then`, the bytes that each had (0: not known)."""
-    changed = [v.name for v, old in zip(videos, then, strict=True) if old and bytes_of(v, rgb) not in (0, old)]
-    if changed:
-        raise BadInput(f"{path} holds features of {len(changed)} of {len(videos)} videos that have another size in "
-                       f"bytes since, the first {changed[0]}; remove it, and the features are made anew")
+def changed(then, now):
+    """Places of the files that have another size now; 0 is none."""
+    return [i for i, (a, b) in enumerate(zip(then, now, strict=True)) if a and b and a != b]
 
 
 def join_blocks(parts):
     """Blocks of `extract_video` in order -> one."""
-    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if all(k in p for p in parts)}
 
 
 def place_of(net, found, store, s, device, what, rgb=None):
@@ -204,7 +202,7 @@ def load_or_extract(net, found, store, s, device, what, rank=0, world=1, whole=N
     features are kept, they are taken. rgb: an RgbStore that is read in place of the videos.
     Raises BadInput where none of the videos can be read, or the file is of other weights, videos, flow or views.
     """
-    videos = found.videos
+    videos, views = found.videos, tuple(net.backbones)
     header, key, path = place_of(net, found, store, s, device, what, rgb)
     if path is None and world > 1:
         raise BadInput("several processes need --features, the folder in which they share their work")
@@ -212,7 +210,7 @@ def load_or_extract(net, found, store, s, device, what, rank=0, world=1, whole=N
         *of_whole, other = place_of(whole, found, store, s, device, what, rgb)
         # of the same videos: of what lacks flow, or whose flow is damaged, it has none
         if other.exists() and len(load_arrays(other, "features", "")[1]["kept"]) == len(videos):
-            (header, key), path = of_whole, other
+            (header, key), path, views = of_whole, other, tuple(whole.backbones)
     if path is None or not path.exists():
         if path:
             run_on_all_ranks(lambda: check_folder(path.parent, "--features"))
@@ -233,11 +231,14 @@ def load_or_extract(net, found, store, s, device, what, rank=0, world=1, whole=N
             raise BadInput(f"{path} holds the features of another checkpoint, data set or protocol; remove it")
         if not all(np.isfinite(joined[v]).all() for v in net.backbones):
             raise BadInput(f"{path} holds features that are not finite; remove it")
+        if "bytes" in joined and ("rgb" in net.backbones or "rgb" not in views):  # else of films that aren't read here
+            other = changed(joined["bytes"], [bytes_of(v, views, store, rgb) for v in videos])
+            if other:
+                raise BadInput(f"{path} holds features of {len(other)} of {len(videos)} videos whose files have "
+                               f"another size now, the first {videos[other[0]].name}; remove it, and all is made anew")
         say(f"features of {len(joined['kept'])} {what} videos: {path}")
     if rank:
         return None
-    if "bytes" in joined:
-        check_bytes(path, videos, joined["bytes"], rgb)
     faults = [str(f) for f in joined["faults"]]
     if not len(joined["kept"]):
         raise BadInput(f"none of the {len(videos)} {what} videos can be read; the first: {faults[0]}")
@@ -257,11 +258,20 @@ def _extract_all(net, videos, store, s, device, what, path, rank, world, rgb):
     def part(b):
         return path.parent / f".{path.stem}-{b:05d}.npz"
 
-    def keep(b, arrays):
-        sizes = [bytes_of(v, rgb) for v in videos[b * BLOCK:(b + 1) * BLOCK]]
-        save_arrays(part(b), "part of features", {}, bytes=np.array(sizes, np.int64), **arrays)
+    now = {b: np.array([bytes_of(v, net.backbones, store, rgb) for v in videos[b * BLOCK:(b + 1) * BLOCK]], np.int64)
+           for b in range(rank, blocks, world)}  # before the files are read
 
-    done = {b for b in range(blocks) if b % world != rank or part(b).exists()}
+    def keep(b, arrays):
+        save_arrays(part(b), "part of features", {}, bytes=now[b], **arrays)
+
+    def is_done(b):
+        try:
+            return part(b).exists() and not changed(
+                load_arrays(part(b), "part of features", AGAIN)[1].get("bytes", now[b]), now[b])
+        except BadInput:  # named when the parts are joined
+            return True
+
+    done = {b for b in range(blocks) if b % world != rank or is_done(b)}
     extract_blocks(net, videos, store, s, device, what, keep, done, rgb)
     if world > 1:
         dist.barrier()

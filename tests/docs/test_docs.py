@@ -137,6 +137,9 @@ TABLES = re.findall(r"<!-- python -m experiments.tables (show .*?) -->\n\n(.*?)\
                     (ROOT / "docs" / "results.md").read_text(), re.DOTALL)
 
 
+assert len(TABLES) == 2  # of the lambdas, and of S3D
+
+
 @pytest.mark.parametrize(("command", "shown"), TABLES, ids=[command for command, _ in TABLES])
 def test_other_tables_are_what_their_command_prints(command, shown, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -191,3 +194,6 @@ def test_results_are_all_listed():
     for file in sorted((ROOT / "results").rglob("*.json")):
         below = file.relative_to(ROOT / "results").as_posix()
         assert below in names or any(n.endswith("/") and below.startswith(n) for n in names), below
+    for row in re.findall(r"^\| (`.*?) \|", PAGES[-1].read_text(), re.MULTILINE):
+        for name in (each for span in re.findall(r"`(.*?)`", row) for each in expanded(span)):
+            assert list((ROOT / "results").glob(name.rstrip("/"))), f"{name}: there is none"

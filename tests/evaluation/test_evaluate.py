@@ -88,6 +88,34 @@ def test_an_interrupted_extraction_goes_on(tiny, tmp_path, monkeypatch):
     assert resumed["results"] == whole["results"] and resumed["neighbours"] == whole["neighbours"]
 
 
+def test_parts_of_films_that_were_replaced_are_made_anew(tiny, tmp_path, monkeypatch):
+    """Those of an interrupted extraction; parts of before, which don't say, are joined with others."""
+    shutil.copytree(tiny.videos, tmp_path / "videos")
+    more = [*UNTRAINED, "--features", str(tmp_path / "f"), "--videos", str(tmp_path / "videos")]
+    monkeypatch.setattr(features, "BLOCK", 4)
+    real, save = features.extract_blocks, features.save_arrays
+    extracted = []
+
+    def three(net, videos, store, s, device, what, keep, done, rgb):
+        extracted.append(len(videos) - sum(len(videos[4 * b:4 * b + 4]) for b in done))
+        real(net, videos, store, s, device, what, keep, {*done, *range(3, 9)} if len(extracted) == 1 else done, rgb)
+        if len(extracted) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(features, "extract_blocks", three)
+    with pytest.raises(KeyboardInterrupt):
+        command(tiny, "features", *more)
+    third = sorted((tmp_path / "f").iterdir())[2]
+    _, arrays = load_arrays(third, "part of features", "x")
+    arrays.pop("bytes")
+    save(third, "part of features", {}, **arrays)
+    found = read_split("ucf101", tmp_path / "videos", tiny.splits).videos
+    Path(found[5].path).write_bytes(Path(found[5].path).read_bytes() + b"\0")  # of the second part
+    assert command(tiny, "features", *more) == 0
+    assert extracted == [20, 12, 10]  # the second part again, the fourth and the fifth; the test list
+    assert command(tiny, "retrieval", *more) == 0
+
+
 def test_two_evaluations_of_one_network_at_once(tiny, tmp_path, monkeypatch):
     """The first that is done takes the parts away, which the other has made, too."""
     more = [*UNTRAINED, "--features", str(tmp_path / "f")]
@@ -127,8 +155,9 @@ def test_features_of_a_film_that_was_replaced_are_refused(tiny, tmp_path, rgb):
     assert command(tiny, "retrieval", *more) == 0
     film = sorted((tmp_path / "rgb" if rgb else videos).rglob("*.avi"))[-1]
     film.write_bytes(film.read_bytes() + b"\0")
-    with pytest.raises(BadInput, match=rf"of 1 of \d+ videos .* the first .*{film.stem}.*remove it"):
+    with pytest.raises(BadInput, match=rf"of 1 of \d+ videos .* the first .*{film.stem}; remove it"):
         command(tiny, "retrieval", *more)
+    assert command(tiny, "retrieval", *more, "--views", "flow") == 0  # that is of flow, and hasn't changed
 
 
 def test_the_file_of_features_is_checked(tiny, tmp_path):

@@ -96,10 +96,11 @@ def test_numbers_of_one_view_are_those_of_both(tiny, tmp_path, of_both, only, vi
 def test_features_of_both_serve_one(tiny, tmp_path, of_both, monkeypatch, capsys):
     """Where --flow is given, too, and every video has its flow."""
     before = sorted(of_both[1].iterdir())
-    common = [*tiny.common(), *NETWORK, "--views", "rgb"]
-    out = run(tmp_path, "retrieval", *common, "--features", str(of_both[1]))
-    assert sorted(of_both[1].iterdir()) == before and "features of 20 split1-train videos" in capsys.readouterr().out
-    assert out["results"]["rgb"] == of_both[0]["retrieval"]["results"]["rgb"]
+    for view in model.VIEWS:
+        out = run(tmp_path, "retrieval", *tiny.common(), *NETWORK, "--views", view, "--features", str(of_both[1]))
+        assert sorted(of_both[1].iterdir()) == before
+        assert "features of 20 split1-train videos" in capsys.readouterr().out
+        assert out["results"][view] == of_both[0]["retrieval"]["results"][view]
     # a video without flow is in those of RGB all the same
     some = tmp_path / "flow"
     (some / "x").mkdir(parents=True)

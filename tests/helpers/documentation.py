@@ -19,7 +19,7 @@ from torch.distributed.run import get_args_parser
 from support.errors import BadInput
 
 MODULES = ("goca", "tvl1", "model", "data", "flow", "prototypes", "pretrain", "evaluate", "search")
-MADE = ("results/ucf101", "results/trial", "runs/", "demo/", "trial/")  # by commands on the pages
+MADE = ("results/ucf101", "runs/", "demo/", "trial/")  # by commands on the pages
 OTHERS = ("pip", "git", "source", "python -m venv", "python setup.py build_ext --inplace")  # commands that are not ours
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 

@@ -18,7 +18,9 @@ def made_elsewhere(out, command):
 
     other = fork.Process(target=hold, daemon=True)
     other.start()
-    locked.wait(60)
-    yield
-    ended.set()
-    other.join()
+    assert locked.wait(60)
+    try:
+        yield
+    finally:
+        ended.set()
+        other.join()

@@ -21,7 +21,7 @@ from helpers.paths import ROOT
 import data
 import search
 from support import approximate, collection_index
-from support.collection_index import Collection, check_header, load_collection, save_collection
+from support.collection_index import Collection, check_header, entries_of, load_collection, save_collection
 from support.datasets import Video
 from support.errors import BadInput
 from support.features import BLOCK, extract_blocks
@@ -248,12 +248,15 @@ def test_a_film_of_the_index_has_its_features_there(tiny, tmp_path, capsys, monk
             m.setattr(search, "open_network", lambda *a, **k: pytest.fail("the network was loaded"))
             for path in (film, other):
                 held = query(out, path, tmp_path)
-                assert "in the index: its features" in capsys.readouterr().out
+                assert "the film is in the index: " in capsys.readouterr().out
                 assert [r["path"] for r in held[:3]] == [r["path"] for r in anew[:3]]
                 assert [r["similarity"] for r in held] == pytest.approx([r["similarity"] for r in anew], abs=1e-4)
+    held, n = load_collection(out), len(load_collection(out).files)
+    own = entries_of(held, film)
+    assert len(own) == 2 and entries_of(held.take([i for i in range(n) if i != own[0]]), film) == []  # lacks a piece
     os.utime(film, (1, 1))
     assert query(out, film, tmp_path)[0]["similarity"] == pytest.approx(1, abs=1e-4)
-    assert "in the index: its features" not in capsys.readouterr().out
+    assert "the film is in the index: " not in capsys.readouterr().out
 
 
 # --- FAISS -----------------------------------------------------------------------------------------------------------
