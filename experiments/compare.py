@@ -10,8 +10,8 @@ In   an experiment, a JSON file:
       "flags": "of pretrain.py in every setting", "settings": {name: "more flags", ...}, "seeds": [...],
       "versus": a name of `settings`; and where wanted "evaluate": "flags of evaluate.py", "untrained": "those of the
       network and its clips", for a row `untrained` of what evaluate.py finds without pre-training, and "downstream":
-      {"cluster", "linear" or "finetune": {"flags": "of evaluate.py", "settings": [...], "seeds": [...]}, ...}, the last
-      two where not all are meant}
+      {"cluster", "linear" or "finetune": {"flags": "of evaluate.py", "settings": [...], "seeds": [...], "processes":
+      of fine-tuning}, ...}, settings and seeds where not all are meant, processes where they aren't pre-training's}
 Out  beside it <setting>/seed<k>.json (evaluate.py retrieval), seed<k>.<command>.json (what is downstream) and
      seed<k>.jsonl (the run's log), and commands.jsonl: each command with its seconds and status. Checkpoints stay in
      --work.
@@ -49,7 +49,7 @@ VIEWS = ("rgb", "flow", "rgb+flow")
 NEEDED = {"set": dict, "prototypes": str, "processes": int, "flags": str, "settings": dict, "seeds": list,
           "versus": str}
 OPTIONAL = {"evaluate": str, "untrained": str, "downstream": dict}
-DOWNSTREAM = {"flags": str, "settings": list, "seeds": list}
+DOWNSTREAM = {"flags": str, "settings": list, "seeds": list, "processes": int}
 AT_THE_END = {"effective rank of rgb": ("effective_rank_rgb", 1), "of flow": ("effective_rank_flow", 1),
               "views agree (%)": ("views_agree", 100)}  # of the log, what needs no labels: its name there, a factor
 METRICS = {TABLES[n].command: TABLES[n].metrics for n in (6, 8, 7)}  # downstream; differences are of the first
@@ -78,7 +78,7 @@ def read_experiment(path, settings=None, versus=None):
         if command not in METRICS or not isinstance(its, dict) or not all(
                 isinstance(value, DOWNSTREAM.get(k, ())) for k, value in its.items()):
             raise BadInput(f"{path}: downstream knows {', '.join(METRICS)}, each with flags (text), settings and seeds "
-                           f"(lists); not {json.dumps({command: its})}")
+                           f"(lists), processes (a number); not {json.dumps({command: its})}")
         named[f"downstream {command}"] = its.get("settings", [])
     check_values(path, x)
     for where, names in named.items():
@@ -158,7 +158,8 @@ def run(args):
             if out.exists():
                 driver.check(words, out)
             else:
-                driver(words, out, run_folder / f"{command}.log", x.processes if tuned else 1)
+                processes = x.downstream[command].get("processes", x.processes) if tuned else 1
+                driver(words, out, run_folder / f"{command}.log", processes)
     for log in driver.failed:
         print(f"failed: {log}")
     return 1 if driver.failed else 0

@@ -54,9 +54,11 @@ class Recipe(NamedTuple):
 
 LINEAR = {"vicc": Recipe("sgd", 0.1, 1e-3, 100, (0.6, 0.8), l2=True, batch_norm=True),
           "released": Recipe("sgd", 0.3, 1e-6, 100, (), batch_norm=True)}
-# Of CoCLR's fine-tuning the optimizer and both rates are known here; epochs, milestones and dropout are ViCC's.
+# Of CoCLR's fine-tuning the optimizer and both rates are known here; epochs, milestones and dropout are ViCC's. "plain"
+# is ours: narrow networks learn from scratch by it, too.
 FINETUNE = {"vicc": Recipe("sgd", 0.1, 1e-3, 500, (0.4, 0.6, 0.8, 0.9), dropout=0.9),
-            "coclr": Recipe("adam", 1e-3, 1e-3, 500, (0.4, 0.6, 0.8, 0.9), dropout=0.9, backbone=0.1)}
+            "coclr": Recipe("adam", 1e-3, 1e-3, 500, (0.4, 0.6, 0.8, 0.9), dropout=0.9, backbone=0.1),
+            "plain": Recipe("adam", 3e-3, 1e-4, 80, ())}
 
 
 class Classifier(nn.Module):

@@ -204,12 +204,28 @@ def test_all_runs_are_made_once_and_their_logs_kept(tiny, tmp_path, forked, monk
     assert Path("elsewhere/commands.jsonl").read_text() == notes
 
 
+@pytest.mark.parametrize(("more", "of_tuning"), [({}, 2), ({"processes": 1}, 1)])
+def test_fine_tuning_may_have_its_own_number_of_processes(tmp_path, monkeypatch, more, of_tuning):
+    calls = []
+
+    class Recorder(driver.Driver):
+        def __call__(self, command, out, log, processes):
+            calls.append((command[1] if command[0] == "evaluate.py" else command[0], processes))
+            return True
+
+    monkeypatch.setattr(compare, "Driver", Recorder)
+    path = experiment(tmp_path, seeds=[5], settings={"sep": "--method sep"}, processes=2,
+                      downstream={"linear": {}, "finetune": more})
+    assert compare.main(["run", str(path), "--work", str(tmp_path / "work")]) == 0
+    assert calls == [("pretrain.py", 2), ("retrieval", 1), ("linear", 1), ("finetune", of_tuning)]
+
+
 @pytest.mark.parametrize(("changes", "words"), [
     ({"versus": "none"}, "versus none is none of its settings"), ({"seeds": None}, "seeds must be list"),
     ({"settings": ["goca"]}, "settings must be dict"),
     ({"downsteam": {}}, "downsteam is none of its fields"), ({"downstream": ["linear"]}, "downstream must be dict"),
     ({"downstream": {"retrieval": {}}}, 'downstream knows cluster, linear, finetune.*not {"retrieval": {}}'),
-    ({"downstream": {"linear": {"flag": ""}}}, r"each with flags \(text\), settings and seeds \(lists\); not"),
+    ({"downstream": {"linear": {"flag": ""}}}, r"each with flags \(text\), settings and seeds \(lists\), processes"),
     ({"downstream": {"linear": {"seeds": 1}}}, 'not {"linear": {"seeds": 1}}'),
     ({"settings": {"sep": None}}, "settings of sep must be str"), ({"set": {"split": 2}}, "set of split must be str"),
     ({"downstream": {"linear": {"settings": ["avg"]}}}, "downstream linear avg is none of its settings"),
