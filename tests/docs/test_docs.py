@@ -165,7 +165,7 @@ def test_the_readme_s_rows_on_guiding_are_what_the_files_say(folders):
 
 
 def test_the_readme_s_row_on_fine_tuning_is_what_the_files_say():
-    x = compare.read_experiment(ROOT / "results" / "finetuning" / "experiment.json")
+    x = compare.read_experiment(ROOT / "results" / "finetuning" / "plain" / "experiment.json")
     found = compare.collect(x, "finetune", "top-1")
     scratch, led = (compare.mean_and_deviation(r["rgb"] for r in found[name].values())
                     for name in ("untrained", "goca_led"))
