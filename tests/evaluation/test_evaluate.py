@@ -93,7 +93,7 @@ def test_parts_of_films_that_were_replaced_are_made_anew(tiny, tmp_path, monkeyp
     shutil.copytree(tiny.videos, tmp_path / "videos")
     more = [*UNTRAINED, "--features", str(tmp_path / "f"), "--videos", str(tmp_path / "videos")]
     monkeypatch.setattr(features, "BLOCK", 4)
-    real, save = features.extract_blocks, features.save_arrays
+    real = features.extract_blocks
     extracted = []
 
     def three(net, videos, store, s, device, what, keep, done, rgb):
@@ -108,7 +108,7 @@ def test_parts_of_films_that_were_replaced_are_made_anew(tiny, tmp_path, monkeyp
     third = sorted((tmp_path / "f").iterdir())[2]
     _, arrays = load_arrays(third, "part of features", "x")
     arrays.pop("bytes")
-    save(third, "part of features", {}, **arrays)
+    save_arrays(third, "part of features", {}, **arrays)
     found = read_split("ucf101", tmp_path / "videos", tiny.splits).videos
     Path(found[5].path).write_bytes(Path(found[5].path).read_bytes() + b"\0")  # of the second part
     assert command(tiny, "features", *more) == 0
