@@ -186,6 +186,10 @@ def test_the_table_on_tennis_is_what_the_file_says():
     for fold, r in rows.items():
         cells = (f"{r[v]['top-1']:.1f} ± {r[v]['top-1 standard error']:.1f}" for v in ("rgb", "flow"))
         assert f"| {fold} | {' | '.join(cells)} |" in text
+    plain = [json.loads((ROOT / f"results/tennis7/supervised_plain_fold1_{view}.json").read_text())["results"][view]
+             for view in ("rgb", "flow")]
+    rgb, flow = (f"{r['top-1']:.1f} ± {r['top-1 standard error']:.1f}" for r in plain)
+    assert f"RGB has {rgb} and flow {flow}" in " ".join(text.split())
 
 
 def test_results_are_all_listed():
