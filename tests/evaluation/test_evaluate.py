@@ -1,4 +1,4 @@
-"""Features kept and reused, retrieval, clusters and classifiers: each command end to end on the tiny set."""
+"""Retrieval, clusters and classifiers: each command end to end on the tiny set; bad input."""
 
 import contextlib
 import json
@@ -11,183 +11,14 @@ import torch
 import torch.nn.functional as F
 from helpers.evaluation import UNTRAINED, checkpoint, command, in_two_processes, result
 
-import data
 import evaluate
-import flow
 import model
-from support import features, inference
+from support import features
 from support.checkpoints import save_checkpoint
 from support.classifiers import LINEAR, new_classifier
 from support.datasets import read_split
 from support.errors import BadInput
-from support.files import load_arrays, save_arrays
 from support.reporting import mean_of_splits
-from support.stores import FlowStore
-
-
-def forbid(monkeypatch):
-    """From here on nothing may be extracted."""
-    def extract(*args, **kwargs):
-        raise AssertionError("features were extracted again")
-    monkeypatch.setattr(features, "extract_blocks", extract)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Features
-# ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("protocol", "stride"), [("goca", 1), ("coclr", 1), ("goca", 2)])
-def test_features_are_the_mean_of_the_views(tiny, protocol, stride):
-    s = evaluate.arguments(["retrieval", *tiny.common(), *UNTRAINED, "--workers", "0", "--batch-views", "3",
-                            "--protocol", protocol, "--stride", str(stride)])
-    net, settings = features.load_network(s)
-    s.stride, s.pool = settings["stride"], "avg"
-    found, store = read_split("ucf101", tiny.videos, tiny.splits), FlowStore(tiny.flow)
-    found = found._replace(videos=found.videos[:3])
-    f = features.load_or_extract(net, found, store, s, torch.device("cpu"), "x")
-    assert len(f.videos) == 3 and f.skipped == []
-    clips = data.TestClips(found.videos, store, protocol=protocol, frames=4, size=16, stride=stride)[1]
-    with torch.no_grad():
-        each = net.features("flow", data.normalise_flow(clips["flow"]))
-    if protocol == "goca":
-        each = F.normalize(each, dim=1)
-    torch.testing.assert_close(f.values["flow"][1], (each * clips["weight"][:, None]).sum(0), rtol=1e-4, atol=1e-5)
-
-
-def test_features_are_extracted_once(tiny, tmp_path, monkeypatch):
-    more = [*UNTRAINED, "--features", str(tmp_path / "f")]
-    assert command(tiny, "features", *more) == 0
-    assert len(list((tmp_path / "f").iterdir())) == 2  # train and test; no part is left
-    forbid(monkeypatch)
-    first = result(tiny, tmp_path, "retrieval", *more)
-    assert first["results"] == result(tiny, tmp_path, "retrieval", *more)["results"]
-    for again in (["cluster", "--runs", "2"], ["linear", "--epochs", "2", "--batch-size", "10"]):
-        out = [result(tiny, tmp_path, again[0], *more, *again[1:]) for _ in range(2)]
-        assert all(out[0][k] == out[1][k] for k in out[0] if k != "seconds")  # the same command, the same digits
-    for other in (["--seed", "1"], ["--protocol", "coclr"], ["--frames", "9"]):  # other weights, views, clips
-        with pytest.raises(AssertionError, match="extracted again"):
-            command(tiny, "retrieval", *more, *other)
-
-
-def test_an_interrupted_extraction_goes_on(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "BLOCK", 4)
-    whole = result(tiny, tmp_path, "retrieval", *UNTRAINED)
-    forward, calls = inference.mean_over_views, []
-
-    def stop_at_the_third(*args):
-        calls.append(len(args[1]))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return forward(*args)
-    monkeypatch.setattr(features, "mean_over_views", stop_at_the_third)
-    more = [*UNTRAINED, "--features", str(tmp_path / "f"), "--batch-views", "1000"]
-    with pytest.raises(KeyboardInterrupt):
-        command(tiny, "retrieval", *more)
-    assert len(list((tmp_path / "f").iterdir())) == 2  # the blocks that were done
-    resumed = result(tiny, tmp_path, "retrieval", *more)
-    assert sum(calls) == 30 + 4  # the third block twice
-    assert resumed["results"] == whole["results"] and resumed["neighbours"] == whole["neighbours"]
-
-
-def test_parts_of_films_that_were_replaced_are_made_anew(tiny, tmp_path, monkeypatch):
-    """Those of an interrupted extraction; parts of before, which don't say, are joined with others."""
-    shutil.copytree(tiny.videos, tmp_path / "videos")
-    more = [*UNTRAINED, "--features", str(tmp_path / "f"), "--videos", str(tmp_path / "videos")]
-    monkeypatch.setattr(features, "BLOCK", 4)
-    real = features.extract_blocks
-    extracted = []
-
-    def three(net, videos, store, s, device, what, keep, done, rgb):
-        extracted.append(len(videos) - sum(len(videos[4 * b:4 * b + 4]) for b in done))
-        real(net, videos, store, s, device, what, keep, {*done, *range(3, 9)} if len(extracted) == 1 else done, rgb)
-        if len(extracted) == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(features, "extract_blocks", three)
-    with pytest.raises(KeyboardInterrupt):
-        command(tiny, "features", *more)
-    third = sorted((tmp_path / "f").iterdir())[2]
-    _, arrays = load_arrays(third, "part of features", "x")
-    arrays.pop("bytes")
-    save_arrays(third, "part of features", {}, **arrays)
-    found = read_split("ucf101", tmp_path / "videos", tiny.splits).videos
-    Path(found[5].path).write_bytes(Path(found[5].path).read_bytes() + b"\0")  # of the second part
-    assert command(tiny, "features", *more) == 0
-    assert extracted == [20, 12, 10]  # the second part again, the fourth and the fifth; the test list
-    assert command(tiny, "retrieval", *more) == 0
-
-
-def test_two_evaluations_of_one_network_at_once(tiny, tmp_path, monkeypatch):
-    """The first that is done takes the parts away, which the other has made, too."""
-    more = [*UNTRAINED, "--features", str(tmp_path / "f")]
-    real, others = features.extract_blocks, []
-
-    def slower(*args, **kwargs):
-        real(*args, **kwargs)
-        if len(others) < 2:  # lists
-            others.append("result")
-            assert command(tiny, "cluster", "--runs", "1", *more) == 0
-    monkeypatch.setattr(features, "extract_blocks", slower)
-    assert result(tiny, tmp_path, "retrieval", *more)["results"]["flow"]["R@1"] > 0
-    assert len(list((tmp_path / "f").iterdir())) == 2 and others
-
-
-def test_two_processes_extract_what_one_does(tiny, forked, tmp_path):
-    assert features.BLOCK < 20  # so that both have something to do
-    one = result(tiny, tmp_path, "retrieval", *UNTRAINED)
-    in_two_processes(forked, tmp_path / "said", "evaluate", "retrieval", *tiny.common(), *UNTRAINED, "--workers", "0",
-                     "--features", tmp_path / "f", "--json", tmp_path / "two.json")
-    two = json.loads((tmp_path / "two.json").read_text())
-    assert one["results"] == two["results"] and one["neighbours"] == two["neighbours"]
-    assert [v for v in (tmp_path / "f").iterdir() if v.name.startswith(".")] == []
-
-
-@pytest.mark.parametrize("rgb", [False, True])
-def test_features_of_a_film_that_was_replaced_are_refused(tiny, tmp_path, rgb):
-    """Under its old name; its flow may be that of before."""
-    videos, more = tmp_path / "videos", [*UNTRAINED, "--features", str(tmp_path / "f")]
-    shutil.copytree(tiny.videos, videos)
-    more += ["--videos", str(videos)]
-    if rgb:
-        assert flow.main(["--videos", str(videos), "--out", str(tmp_path / "flow"), "--rgb", str(tmp_path / "rgb"),
-                          "--short-side", "0", "--warps", "1", "--epsilon", "0.1"]) == 0
-        more += ["--rgb", str(tmp_path / "rgb"), "--flow", str(tmp_path / "flow")]
-    assert command(tiny, "features", *more) == 0
-    assert command(tiny, "retrieval", *more) == 0
-    film = sorted((tmp_path / "rgb" if rgb else videos).rglob("*.avi"))[-1]
-    film.write_bytes(film.read_bytes() + b"\0")
-    with pytest.raises(BadInput, match=rf"of 1 of \d+ videos .* the first .*{film.stem}; remove it"):
-        command(tiny, "retrieval", *more)
-    assert command(tiny, "retrieval", *more, "--views", "flow") == 0  # that is of flow, and hasn't changed
-
-
-def test_the_file_of_features_is_checked(tiny, tmp_path):
-    more = [*UNTRAINED, "--features", str(tmp_path / "f")]
-    assert command(tiny, "features", *more) == 0
-    path = next((tmp_path / "f").glob("*train*"))
-    header, arrays = load_arrays(path, "features", "x")
-    assert arrays["rgb"].shape == (20, 64) and len(arrays["names"]) == len(arrays["labels"]) == 20
-    save_arrays(path, "features", {**header, "key": "0" * 16}, **arrays)
-    with pytest.raises(BadInput, match="features of another checkpoint"):
-        command(tiny, "retrieval", *more)
-    path.write_bytes(b"rubbish")
-    with pytest.raises(BadInput, match=r"damaged or no features file .*: the same command, once it is removed"):
-        command(tiny, "features", *more)
-    arrays["flow"][3, 5] = np.nan
-    save_arrays(path, "features", header, **arrays)
-    with pytest.raises(BadInput, match="features that are not finite"):
-        command(tiny, "retrieval", *more)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(BadInput, match="damaged or no features file"):
-        command(tiny, "retrieval", *more)
-
-
-def test_weights_that_are_not_finite_are_named(tiny, tmp_path, monkeypatch):
-    run = checkpoint(tmp_path)
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    next(t for k, t in state["model"].items() if "backbones.flow" in k).fill_(torch.nan)
-    torch.save(state, tmp_path / "checkpoint.pt")
-    with pytest.raises(BadInput, match="not finite: the weights of"):
-        command(tiny, "retrieval", "--checkpoint", run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
