@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from multiprocessing import resource_sharer
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -284,6 +285,21 @@ def test_a_store_of_rgb_that_does_not_fit_is_a_fault_of_its_video(films, tmp_pat
                                f"{rgb.path('d')} is damaged")):
         item = clips[(0, k)]
         assert words in item["fault"] and item["fault"].endswith(command) and item["index"] in (4, 5)
+
+
+def test_a_longer_film_under_an_old_name_does_not_take_the_flow_of_the_old_one(films):
+    videos, flows = films
+    path, size = Path(videos[0].path), flows.open("a").header["source_bytes"]
+    film(path, numbered(40))
+    words = (f"{path} has {path.stat().st_size} bytes, but its flow {flows.path('a')} is that of a video of {size}; "
+             f"has it changed? Remove the flow and run again: python flow.py")
+    item = data.TrainClips(videos, flows, frames=4, n_short=0, size=16)[(0, 0)]
+    assert words in item["fault"] and item["index"] in range(1, 6)  # another in its place
+    assert words in data.TestClips(videos, flows, frames=4, size=16)[0]["fault"]
+    # imported without its video, flow says nothing of it
+    header = {"source": "a", "source_bytes": 99, "images_bytes": 99, "source_frames": 16}
+    write_avi(flows.path("a"), list(flows.open("a").frames(range(15))), header)
+    assert data.TestClips(videos, flows, frames=4, size=16)[0].get("fault", "") == ""
 
 
 def test_pretraining_reads_the_store(tiny, tmp_path, capsys):
