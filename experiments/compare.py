@@ -19,7 +19,8 @@ Out  beside it <setting>/seed<k>.json (evaluate.py retrieval), seed<k>.<command>
 run: seed by seed, so that what is there so far is paired; what is done is not done again, and an interrupted run goes
 on. show: R@1 of each setting, mean and standard deviation over seeds, seeds on which a view learned, what the log says
 at the end (effective rank of the features by view, how often both views choose one prototype), what is downstream, and,
-seed by seed against `versus`, the mean difference, its standard error and p of a paired t-test (two-sided). draw: every
+seed by seed against `versus`, the mean difference, its standard error and p of a paired t-test (two-sided); and in
+which clips or network the rows differ. draw: every
 seed's R@1, means with their standard errors, and both views' effective rank over the steps, which shows when a view
 began to learn.
 """
@@ -52,6 +53,7 @@ OPTIONAL = {"evaluate": str, "untrained": str, "downstream": dict}
 DOWNSTREAM = {"flags": str, "settings": list, "seeds": list, "processes": int}
 AT_THE_END = {"effective rank of rgb": ("effective_rank_rgb", 1), "of flow": ("effective_rank_flow", 1),
               "views agree (%)": ("views_agree", 100)}  # of the log, what needs no labels: its name there, a factor
+CLIPS = ("arch", "width", "frames", "stride", "size", "precision")  # rows may differ in them: `show` says so
 METRICS = {TABLES[n].command: TABLES[n].metrics for n in (6, 8, 7)}  # downstream; differences are of the first
 
 
@@ -104,6 +106,8 @@ def check_values(path, x):
             shlex.split(words)
         except ValueError as e:
             wrong.append(f"{where} can't be split into words ({e})")
+    processes = [x.processes, *(its["processes"] for its in x.downstream.values() if "processes" in its)]
+    wrong += [f"processes must be at least 1, not {json.dumps(n)}" for n in processes if n is True or n < 1]
     seeds = [*x.seeds, *(seed for its in x.downstream.values() for seed in its.get("seeds", ()))]
     wrong += [f"seeds must be whole numbers of at least 0, not {json.dumps(s)}" for s in seeds
               if type(s) is not int or s < 0]
@@ -182,6 +186,18 @@ def collect(x, command="retrieval", metric="R@1"):
                 check_comparable(path, r["protocol"], *first)
                 found[name][seed] = {view: v[metric] for view, v in r["results"].items()}
     return found
+
+
+def differing(x):
+    """In which of CLIPS the rows' results differ -> ["frames: 8 (sep), 16 (goca)", ...]."""
+    named = {key: {} for key in CLIPS}
+    for name, seed in ((name, seed) for name in x.rows for seed in x.seeds):
+        if (path := x.folder / name / f"seed{seed}.json").exists():
+            protocol = load(path, "retrieval")["protocol"]
+            for key in CLIPS:
+                named[key].setdefault(protocol.get(key), {})[name] = None
+    return [f"{key}: " + ", ".join(f"{value} ({' '.join(names)})" for value, names in values.items())
+            for key, values in named.items() if len(values) > 1]
 
 
 def columns_of(found):
@@ -282,6 +298,8 @@ def show(args):
     print("\n".join(lines(x, args.learned, args.of)))
     print("\nIn percent: mean ± standard deviation over seeds. Differences: mean ± its standard error, p of the paired "
           "t-test, (seeds in both).")
+    for line in differing(x):
+        print(f"The rows are not of the same {line}.")
     return 0
 
 

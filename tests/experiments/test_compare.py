@@ -234,6 +234,8 @@ def test_fine_tuning_may_have_its_own_number_of_processes(tmp_path, monkeypatch,
     ({"flags": "--out 'a"}, r"flags can't be split into words \(No closing quotation\)"),
     ({"settings": {"sep": "'"}, "downstream": {"linear": {"flags": '"'}}},
      "settings sep can't be split.*; downstream linear can't be split"),
+    ({"processes": 0, "downstream": {"finetune": {"processes": -1}}},
+     "processes must be at least 1, not 0; processes must be at least 1, not -1"),
     ({"seeds": [{"a": 1}, 0, None]}, 'not {"a": 1}; seeds must be whole numbers of at least 0, not null'),
     ({"downstream": {"linear": {"seeds": [-1, True]}}}, "at least 0, not -1; seeds .*, not true")])
 def test_what_an_experiment_lacks_is_named(tmp_path, changes, words):
@@ -250,6 +252,19 @@ def test_a_file_where_a_folder_is_to_be(tmp_path):
         with pytest.raises(BadInput, match=words):
             compare.main(["run", str(path), "--work", str(work)])
         file.unlink()
+
+
+def test_rows_of_other_clips_are_compared_and_named(tmp_path, capsys):
+    path = experiment(tmp_path)
+    result(tmp_path / "sep" / "seed0.json", 40, frames=8, precision="float32")
+    result(tmp_path / "goca" / "seed0.json", 40, frames=8, precision="float32")
+    assert compare.main(["show", str(path)]) == 0 and "not of the same" not in capsys.readouterr().out
+    result(tmp_path / "goca" / "seed1.json", 40, frames=16, precision="bfloat16")
+    assert compare.main(["show", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "The rows are not of the same frames: 8 (sep goca), 16 (goca).\n" in out
+    assert "not of the same precision: float32 (sep goca), bfloat16 (goca)." in out
+    assert out.count("not of the same") == 2
 
 
 def test_results_of_other_queries_are_refused(tmp_path):
