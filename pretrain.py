@@ -48,7 +48,7 @@ from support.distributed import (
 from support.epoch_batches import EpochBatches
 from support.errors import BadInput
 from support.files import load_arrays
-from support.memory import check_memory
+from support.memory import check_memory, memory_warning
 from support.optim import LARS, AdamW, learning_rate, scaled_rate, set_rate
 from support.run import Run, continue_run, locked, named_failures
 from support.segments import expand
@@ -225,8 +225,10 @@ def train_in(process, s):
     compiled = goca.implementation(device) == "compiled"
     operator = f"compiled for {device.type}" if compiled else "PyTorch reference"
     say(plan(s, found, videos, core, batches, start, device, world, operator))
-    if s.plan and device.type == "cpu" and not s.compile and start < per_epoch * s.epochs:
-        say(run_on_all_ranks(lambda: check_memory(s, prototypes)))
+    if device.type == "cpu" and not s.compile and start < per_epoch * s.epochs:
+        reckon = check_memory if s.plan else memory_warning
+        if remark := run_on_all_ranks(lambda: reckon(s, prototypes)):
+            say(remark)
 
     ln_n, total = math.log(len(core.prototypes)), per_epoch * s.epochs
     log = Log(out, s, rank, world, start, total, per_epoch, ln_n, log_state)

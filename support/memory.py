@@ -53,14 +53,30 @@ def free_bytes():
         return free
 
 
-def check_memory(s, prototypes):
-    """What a step on CPUs keeps, in a line. Raises BadInput where this machine's processes don't have so much: the
-    system would end them without a word."""
+def step_memory(s, prototypes):
+    """-> (what a step on CPUs keeps and what is free, in a line; whether it fits, None where it isn't known)."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     each, free = s.batch_size * activation_bytes(s, prototypes), free_bytes()
     said = f"a step keeps {each / 1e9:.1f} GB of activations{f' in each of {processes} processes' * (processes > 1)}"
-    if free is None:
-        return said
-    if each * processes > free:
-        raise BadInput(f"out of memory: {said}, and {free / 1e9:.1f} GB are free, with {against_out_of_memory(s)}")
-    return f"{said}; {free / 1e9:.1f} GB are free"
+    return (said, None) if free is None else (f"{said}, and {free / 1e9:.1f} GB are free", each * processes <= free)
+
+
+def check_memory(s, prototypes):
+    """`step_memory` in a line. Raises BadInput where this machine's processes don't have so much: the system would end
+    them without a word."""
+    said, fits = step_memory(s, prototypes)
+    if fits is False:
+        raise BadInput(f"out of memory: {said}, with {against_out_of_memory(s)}")
+    return said
+
+
+def memory_warning(s, prototypes):
+    """A warning where a step on CPUs keeps more than is free, else None: there may be swap. Not reckoned, which takes a
+    second, for clips of less than a thousandth of what is free: activations are 60 (S3D) to 250 times the clips."""
+    pixels = (2 * s.frames + s.short_crops * s.short_frames) * s.size ** 2
+    clips = 4 * pixels * sum(model.CHANNELS[view] for view in s.views) * s.batch_size
+    if 1000 * clips * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < (free_bytes() or 0):
+        return None
+    said, fits = step_memory(s, prototypes)
+    return None if fits is not False else (f"warning: {said}: the system may end this run without a message (status "
+                                           f"137), with {against_out_of_memory(s)}")

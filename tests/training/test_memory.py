@@ -52,6 +52,24 @@ def test_a_plan_says_what_a_step_keeps_and_refuses_what_does_not_fit(tiny, tmp_p
     assert "free" not in capsys.readouterr().out
 
 
+def test_a_run_that_may_not_fit_says_so_before_it_is_killed(tiny, tmp_path, capsys, monkeypatch):
+    words = "warning: a step keeps 0.0 GB of activations, and 0.0 GB are free: the system may end this run without"
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1e6)
+    assert run(tiny, tmp_path / "run", "--epochs", "1") == 0  # there may be swap
+    out = capsys.readouterr().out
+    assert out.count(words) == 1 and "(status 137), with --batch-size 10, " in out
+    for free in (1e9, 1e12, None):  # reckoned and fits; clips too small to be reckoned; not known
+        monkeypatch.setattr(memory, "free_bytes", lambda free=free: free)
+        assert run(tiny, tmp_path / f"run{free}", "--epochs", "1") == 0 and "warning" not in capsys.readouterr().out
+
+
+def test_clips_that_are_not_reckoned_keep_less_than_a_thousand_times_their_bytes():
+    for arch in ("s3d", "r2plus1d18"):
+        s = settings(arch=arch, width=1, hidden=256, frames=16, size=64, short_crops=0)
+        clips = 4 * 2 * 16 * 64 ** 2 * (3 + 2)
+        assert memory.activation_bytes(s, torch.eye(24)) < 1000 / 2 * clips
+
+
 def test_a_container_has_what_its_limit_leaves(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "CGROUP", str(tmp_path))
     machine = memory.free_bytes()
