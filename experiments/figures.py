@@ -344,7 +344,7 @@ def main(argv=None):
     c.add_argument("--prototypes", required=True, help="file of prototypes.py")
     c.set_defaults(draw=prototypes)
     c = commands.add_parser("training", help="curves of log.jsonl")
-    c.add_argument("--run", action="append", required=True, help="folder of a run; may be repeated")
+    c.add_argument("--run", action="append", required=True, help="folder of a run, or its log; may be repeated")
     c.set_defaults(draw=training)
     c = commands.add_parser("steps", help="R@1 of a run's checkpoints over its steps")
     c.add_argument("--run", action="append", required=True, help="folder with log.jsonl and results; may be repeated")

@@ -10,7 +10,7 @@ bandwidth it measures, the exponentials or the products over the rate it measure
 operator    the guided loss, forward and backward, against the released code's way of it (operator.py)
 step        one training step of S3D against contiguous float32 with the released code's loss (step.py)
 loader      from files to 2 long and 4 short augmented clips of both views (loader.py)
-prototypes  Eq. 11 for 1000 x 128 against SGD as published (prototypes.py)
+prototypes  Eq. 11 at four sizes against SGD as published (prototypes.py)
 evaluation  exact retrieval and k-means (evaluation.py)
 flow        TV-L1 against OpenCV's (flow.py)
 search      the nearest of a film in an index against FAISS, where that is installed (search.py)
