@@ -74,8 +74,7 @@ def read_frames(video, flow, wanted, rgb=None, reader=None, views=("rgb", "flow"
                        f"and run again: {flow.command}")
     if rgb is None and not same_source(video.path, flow.header):
         raise BadInput(f"{video.path} has {file_stat(video.path)[0]} bytes, but its flow {flow.path} is that of a "
-                       f"video of {flow.header['source_bytes']}; has it changed? Remove the flow and run again: "
-                       f"{flow.command}")
+                       f"video of {flow.header['source_bytes']}; has it changed? Run again: {flow.command}")
 
 
 def same_source(path, header):

@@ -292,7 +292,7 @@ def test_a_longer_film_under_an_old_name_does_not_take_the_flow_of_the_old_one(f
     path, size = Path(videos[0].path), flows.open("a").header["source_bytes"]
     film(path, numbered(40))
     words = (f"{path} has {path.stat().st_size} bytes, but its flow {flows.path('a')} is that of a video of {size}; "
-             f"has it changed? Remove the flow and run again: python flow.py")
+             f"has it changed? Run again: python flow.py")
     item = data.TrainClips(videos, flows, frames=4, n_short=0, size=16)[(0, 0)]
     assert words in item["fault"] and item["index"] in range(1, 6)  # another in its place
     assert words in data.TestClips(videos, flows, frames=4, size=16)[0]["fault"]
