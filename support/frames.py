@@ -3,7 +3,7 @@
 import cv2
 
 from support.errors import BadInput
-from support.videos import FilmReader, file_stat, frames_at
+from support.videos import FilmReader, declared_frames, file_stat, frames_at
 
 READ_ERRORS = (BadInput, OSError, cv2.error)  # what a file may do to its reader
 
@@ -45,8 +45,8 @@ def read_frames(video, flow, wanted, rgb=None, reader=None, views=("rgb", "flow"
 
     flow, rgb: of `open_views`; without rgb the video is decoded, by `reader`, a FilmReader, if one is given. views: of
     one view the other is None, and no file of it is read. first: the frame of `reader`'s film that flow's frame 0 is.
-    Raises BadInput, naming the file, if one can't be read, the video ends before its flow, or its bytes aren't those
-    that the flow was made from; of RGB alone EndsEarly, where it ends before a wanted frame.
+    Raises BadInput, naming the file, if one can't be read, the video ends before its flow, or is another one, longer
+    than its flow; of RGB alone EndsEarly, where it ends before a wanted frame.
     """
     if "rgb" not in views:
         yield from ((t, None, planes) for t, planes in zip(wanted, flow.frames(wanted), strict=True))
@@ -72,16 +72,19 @@ def read_frames(video, flow, wanted, rgb=None, reader=None, views=("rgb", "flow"
     if last != wanted[-1]:
         raise BadInput(f"{video.path} has fewer frames than its flow {flow.path}; has it changed? Remove the flow "
                        f"and run again: {flow.command}")
-    if rgb is None and not same_source(video.path, flow.header):
+    if rgb is None and longer_than_its_flow(video.path, flow):
         raise BadInput(f"{video.path} has {file_stat(video.path)[0]} bytes, but its flow {flow.path} is that of a "
-                       f"video of {flow.header['source_bytes']}; has it changed? Run again: {flow.command}")
+                       f"shorter video of {flow.header['source_bytes']}; has it changed? Run again: {flow.command}")
 
 
-def same_source(path, header):
-    """Whether a store's file, by its header, may have been made from the video as it is now, by its bytes. True where
-    the header doesn't say: of imported flow whose images were all that was known."""
-    size = header.get("source_bytes")
-    return size in (None, header.get("images_bytes")) or size == file_stat(path)[0]
+def longer_than_its_flow(path, flow):
+    """Whether a video is another file, by its bytes, than its flow was made from, and declares more frames. The same
+    film encoded anew may keep its flow; of imported flow the header may not know the video."""
+    header, size = flow.header, flow.header.get("source_bytes")
+    if size in (None, header.get("images_bytes")) or size == file_stat(path)[0]:
+        return False
+    frames = max(len(flow) + 1, header.get("source_frames", 0), header.get("source_declared") or 0)
+    return declared_frames(path, header.get("fps", 0)) > frames
 
 
 def shape_of_film(flow):

@@ -291,11 +291,16 @@ def test_a_longer_film_under_an_old_name_does_not_take_the_flow_of_the_old_one(f
     videos, flows = films
     path, size = Path(videos[0].path), flows.open("a").header["source_bytes"]
     film(path, numbered(40))
-    words = (f"{path} has {path.stat().st_size} bytes, but its flow {flows.path('a')} is that of a video of {size}; "
-             f"has it changed? Run again: python flow.py")
+    words = (f"{path} has {path.stat().st_size} bytes, but its flow {flows.path('a')} is that of a shorter video "
+             f"of {size}; has it changed? Run again: python flow.py")
     item = data.TrainClips(videos, flows, frames=4, n_short=0, size=16)[(0, 0)]
     assert words in item["fault"] and item["index"] in range(1, 6)  # another in its place
     assert words in data.TestClips(videos, flows, frames=4, size=16)[0]["fault"]
+    # the same film encoded anew keeps its flow
+    film(path, numbered(16)[::-1])
+    write_avi(flows.path("a"), list(flows.open("a").frames(range(15))), {**flows.open("a").header, "source_bytes": 1})
+    assert data.TestClips(videos, flows, frames=4, size=16)[0].get("fault", "") == ""
+    film(path, numbered(40))
     # imported without its video, flow says nothing of it
     header = {"source": "a", "source_bytes": 99, "images_bytes": 99, "source_frames": 16}
     write_avi(flows.path("a"), list(flows.open("a").frames(range(15))), header)
